@@ -1,11 +1,22 @@
 """TinySAM: distil Segment Anything, quantize it, and segment everything with it. Needs no Ray."""
 
-from tinysam.modeling.checkpoint import CheckpointError, load, save_checkpoint
-from tinysam.modeling.registry import SamConfig, TinyViTConfig, ViTConfig, build_sam, sam_model_registry
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tinysam.everything import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator
+    from tinysam.modeling.checkpoint import CheckpointError, load, save_checkpoint
+    from tinysam.modeling.registry import SamConfig, TinyViTConfig, ViTConfig, build_sam, sam_model_registry
+    from tinysam.predictor import SamPredictor
 
 __all__ = [
     "CheckpointError",
+    "SamAutomaticMaskGenerator",
     "SamConfig",
+    "SamHierarchicalMaskGenerator",
+    "SamPredictor",
     "TinyViTConfig",
     "ViTConfig",
     "build_sam",
@@ -13,3 +24,28 @@ __all__ = [
     "sam_model_registry",
     "save_checkpoint",
 ]
+
+# Resolved on first use: `tinysam --help` and the lake layer need not wait seconds for torch.
+_HOME_OF = {
+    "SamAutomaticMaskGenerator": "tinysam.everything",
+    "SamHierarchicalMaskGenerator": "tinysam.everything",
+    "SamPredictor": "tinysam.predictor",
+    "CheckpointError": "tinysam.modeling.checkpoint",
+    "load": "tinysam.modeling.checkpoint",
+    "save_checkpoint": "tinysam.modeling.checkpoint",
+    "SamConfig": "tinysam.modeling.registry",
+    "TinyViTConfig": "tinysam.modeling.registry",
+    "ViTConfig": "tinysam.modeling.registry",
+    "build_sam": "tinysam.modeling.registry",
+    "sam_model_registry": "tinysam.modeling.registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -48,7 +48,7 @@ class SamConfig:
         if self.image_size <= 0 or self.image_size % PATCH_SIZE:
             raise ValueError(f"image_size must be a positive multiple of {PATCH_SIZE}, got {self.image_size}")
         if self.prompt_embed_dim <= 0 or self.prompt_embed_dim % 16:
-            raise ValueError(f"prompt_embed_dim must be a multiple of 16 (8 heads, halved), got {self.prompt_embed_dim}")
+            raise ValueError(f"prompt_embed_dim must be a positive multiple of 16, got {self.prompt_embed_dim}")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form that :meth:`from_dict` reads back."""
