@@ -1,0 +1,141 @@
+"""Prompts through a Sam's decoder, many at once, and box prompts scored against ground truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from segment_anything.modeling import Sam
+from segment_anything.utils.transforms import ResizeLongestSide
+
+from tinysam.eval.masks import Rle, at_original_size, to_rles
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedImage:
+    """An image after the encoder: all that prompts need."""
+
+    features: torch.Tensor
+    """(1, C, h, w) image embedding."""
+    input_size: tuple[int, int]
+    """(height, width) of the resized image before padding."""
+    original_size: tuple[int, int]
+    """(height, width) of the image."""
+
+
+@torch.no_grad()
+def embed_image(sam: Sam, image: np.ndarray) -> EmbeddedImage:
+    """Encodes an (H, W, 3) uint8 RGB image with SAM's preprocessing."""
+    resized = ResizeLongestSide(sam.image_encoder.img_size).apply_image(image)
+    pixels = torch.as_tensor(resized, device=sam.device).permute(2, 0, 1)[None]
+    features = sam.image_encoder(sam.preprocess(pixels))
+    return EmbeddedImage(features=features, input_size=resized.shape[:2], original_size=image.shape[:2])
+
+
+@torch.no_grad()
+def decode_prompts(
+    sam: Sam,
+    image: EmbeddedImage,
+    *,
+    boxes: np.ndarray | None = None,
+    points: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    mask_input: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All four of the decoder's masks for a batch of prompts, in one pass.
+
+    SAM's ``multimask_output=False`` is index 0 of the result and ``multimask_output=True`` the rest; taking both
+    from one pass halves the cost of reporting both protocols.
+
+    Args:
+        boxes: (B, 4) XYXY in the original frame.
+        points: (B, K, 2) x, y in the original frame, with ``labels`` (B, K): 1 inside, 0 outside.
+        mask_input: (B, 1, S/4, S/4) logits of an earlier step.
+
+    Returns:
+        Logits (B, 4, S/4, S/4) and predicted IoUs (B, 4).
+    """
+    transform = ResizeLongestSide(sam.image_encoder.img_size)
+    device = sam.device
+    point_prompt = box_prompt = None
+    if points is not None:
+        if labels is None:
+            raise ValueError("points need labels")
+        coords = transform.apply_coords(points, image.original_size)
+        point_prompt = (
+            torch.as_tensor(coords, dtype=torch.float, device=device),
+            torch.as_tensor(labels, dtype=torch.int, device=device),
+        )
+    if boxes is not None:
+        box_prompt = torch.as_tensor(
+            transform.apply_boxes(boxes, image.original_size), dtype=torch.float, device=device
+        )
+    sparse, dense = sam.prompt_encoder(points=point_prompt, boxes=box_prompt, masks=mask_input)
+    return sam.mask_decoder.predict_masks(
+        image_embeddings=image.features,
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxPredictions:
+    """Masks at original resolution for N boxes, by protocol."""
+
+    multimask: list[Rle]
+    """Of the three multi-mask outputs, the one with the highest predicted IoU: the papers' protocol."""
+    multimask_scores: np.ndarray
+    """(N,) its predicted IoU."""
+    singlemask: list[Rle]
+    """SAM's single-mask output, which it is trained to use for unambiguous prompts."""
+    singlemask_scores: np.ndarray
+    """(N,) its predicted IoU."""
+
+
+def predict_boxes(
+    sam: Sam,
+    image: EmbeddedImage,
+    boxes: np.ndarray,
+    *,
+    prompts_per_batch: int = 64,
+    max_bytes: int = 256 << 20,
+) -> BoxPredictions:
+    """Segments every box, by both protocols.
+
+    Args:
+        boxes: (N, 4) XYXY in the original frame; N may be 0.
+        prompts_per_batch: prompts in one decoder pass.
+        max_bytes: limit on the float32 intermediates of upscaling.
+    """
+    rles: tuple[list[Rle], list[Rle]] = ([], [])
+    scores: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for start in range(0, len(boxes), prompts_per_batch):
+        logits, ious = decode_prompts(sam, image, boxes=boxes[start : start + prompts_per_batch])
+        best_of_three = 1 + ious[:, 1:].argmax(dim=1)
+        rows = torch.arange(len(ious), device=ious.device)
+        for protocol, chosen in enumerate((best_of_three, torch.zeros_like(best_of_three))):
+            scores[protocol].append(ious[rows, chosen].float().cpu().numpy())
+            for masks in at_original_size(sam, logits[rows, chosen], image.input_size, image.original_size, max_bytes):
+                rles[protocol].extend(to_rles(masks))
+    multimask_scores, singlemask_scores = (np.concatenate([np.zeros(0, np.float32), *part]) for part in scores)
+    return BoxPredictions(
+        multimask=rles[0],
+        multimask_scores=multimask_scores,
+        singlemask=rles[1],
+        singlemask_scores=singlemask_scores,
+    )
+
+
+def check_sizes(masks: Sequence[Rle], original_size: tuple[int, int]) -> None:
+    """Refuses ground truth of another image's size.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    for mask in masks:
+        size = tuple(mask["size"])
+        if size != tuple(original_size):
+            raise ValueError(f"a ground-truth mask of size {size} for an image of {tuple(original_size)}")
