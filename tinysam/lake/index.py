@@ -1,0 +1,179 @@
+"""The index: every image of a lake with its stable id and where its bytes lie, listed once before any work starts."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import fnmatch
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+
+from tinysam.lake import schema
+from tinysam.lake.coco import CocoFile
+from tinysam.lake.containers import parquet_rows, read_parquet_image, tar_rows
+from tinysam.lake.filesystem import LakeError, MissingError, is_local, read_bytes, redact_url
+from tinysam.lake.images import ImageError
+from tinysam.lake.listing import LakeFile, list_lake
+
+_READERS = 16  # containers opened at a time: object storage takes tens of milliseconds for each request
+_LOOKAHEAD = 64
+_BATCH_ROWS = 65_536
+
+_Rows = list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Which images a job works on."""
+
+    lake: str
+    """Folder, bucket or file: images, tars and parquet files, in any mixture. A path or an s3://, gs:// … URL."""
+    annotations: str | None = None
+    """COCO instances.json with the ground truth of the images."""
+    include: tuple[str, ...] = ()
+    """Shell patterns on image ids (paths relative to the lake); only what matches one is taken. ``*`` crosses folders;
+    a tar or parquet file that matches is taken whole."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns likewise; what matches one is left out."""
+    limit: int | None = None
+    """Only the first so many images, in the order of their ids."""
+
+    def __post_init__(self) -> None:
+        if not self.lake:
+            raise ValueError("lake is empty; give a folder or URL")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit is {self.limit}; it must be at least 1")
+
+
+def build_index(config: IndexConfig) -> pa.Table:
+    """Lists a lake.
+
+    Nothing but listings, tar headers, parquet footers and the annotation file is read, a folder at a time; with a
+    ``limit`` the listing stops there.
+
+    Returns:
+        ``schema.INDEX`` sorted by ``image_id``, ``shard_id`` null.
+
+    Raises:
+        LakeError: If the lake is missing, holds no images, holds a compressed or damaged container, or names an image
+            twice; or if the annotation file cannot be read or names none of the images.
+    """
+    # File names in the annotations are told apart by all ids of the lake, so a limit cannot stop the listing then.
+    rows = _rows(config)
+    index = _to_table(rows if config.annotations else itertools.islice(rows, config.limit))
+    if index.num_rows == 0:
+        chosen = " that --include and --exclude let through" if config.include or config.exclude else ""
+        raise LakeError(
+            f"{redact_url(config.lake)} holds no images{chosen}. A lake is a folder or bucket of image files, tars "
+            "(uncompressed) and parquet files with an image column."
+        )
+    index = index.sort_by("image_id")
+    _check_unique(index, config.lake)
+    if config.annotations:
+        index = CocoFile.read(config.annotations).attach_to(index)
+    return index if config.limit is None else index.slice(0, config.limit)
+
+
+def read_image_bytes(row: Mapping[str, Any]) -> bytes:
+    """Reads the file of one image.
+
+    Args:
+        row: A row of the index.
+
+    Returns:
+        The bytes of the image file, for ``decode_image``.
+
+    Raises:
+        ImageError: ``missing``, ``truncated`` or ``unreadable``, where this image alone is at fault.
+        LakeError: If the storage is (credentials, network): to try again rather than to record.
+    """
+    uri, offset, size = row["uri"], row["offset"], row["size"]
+    try:
+        if uri.lower().endswith(".parquet"):
+            return read_parquet_image(uri, offset)
+        return read_bytes(uri, offset, size)
+    except MissingError as error:
+        raise ImageError("missing", f"{redact_url(uri)} is gone since the lake was indexed") from error
+    except LakeError as error:
+        if is_local(uri):
+            raise ImageError("unreadable", str(error)) from error
+        raise
+
+
+def _rows(config: IndexConfig) -> Iterator[dict[str, Any]]:
+    with ThreadPoolExecutor(_READERS) as pool:
+        pending: collections.deque[Future[_Rows] | _Rows] = collections.deque()
+        try:
+            for file in list_lake(config.lake):
+                if _matches(file.name, config.exclude):
+                    continue
+                pending.append([_image_row(file)] if file.kind == "image" else pool.submit(_container_rows, file))
+                while len(pending) > _LOOKAHEAD:
+                    yield from _chosen(pending.popleft(), config)
+            while pending:
+                yield from _chosen(pending.popleft(), config)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _chosen(found: Future[_Rows] | _Rows, config: IndexConfig) -> Iterator[dict[str, Any]]:
+    rows = found.result() if isinstance(found, Future) else found
+    for row in rows:
+        name = row["image_id"]
+        if _matches(name, config.exclude):
+            continue
+        if not config.include or _matches(name, config.include) or _matches(_container(row), config.include):
+            yield row
+
+
+def _container(row: Mapping[str, Any]) -> str:
+    """The part of an id that names the tar or parquet file; the id itself for an image file."""
+    name = row["image_id"]
+    file = row["uri"].rsplit("/", 1)[-1]
+    for separator in ("/", "#"):
+        start = name.find(f"{file}{separator}")
+        if start >= 0:
+            return name[: start + len(file)]
+    return name
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _image_row(file: LakeFile) -> dict[str, Any]:
+    return {
+        "image_id": file.name,
+        "uri": file.url,
+        "offset": 0,
+        "size": file.size,
+        "annotations_uri": file.sidecar,
+    }
+
+
+def _container_rows(file: LakeFile) -> _Rows:
+    return parquet_rows(file) if file.kind == "parquet" else tar_rows(file)
+
+
+def _to_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
+    rows = iter(rows)
+    batches = []
+    while batch := list(itertools.islice(rows, _BATCH_ROWS)):
+        batches.append(pa.RecordBatch.from_pylist(batch, schema=schema.INDEX))
+    return pa.Table.from_batches(batches, schema=schema.INDEX)
+
+
+def _check_unique(index: pa.Table, lake: str) -> None:
+    previous = None
+    for batch in index.column("image_id").chunks:
+        for name in batch.to_pylist():
+            if name == previous:
+                raise LakeError(
+                    f"{redact_url(lake)} has two images called {name!r} (a folder and a tar of one name). Rename one, "
+                    "or leave it out with --exclude."
+                )
+            previous = name

@@ -1,0 +1,159 @@
+"""What lies in a lake: its images, tars and parquet files, in the order of their ids, a folder at a time.
+
+A lake can hold a hundred million files, so nothing here keeps more than one folder's listing in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import fsspec
+
+from tinysam.lake.filesystem import LakeError, MissingError, explained, open_filesystem, redact_url, url_of
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".j2k", ".ppm", ".pgm", ".avif"
+)  # fmt: skip
+COMPRESSED_TAR_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+
+Kind = Literal["image", "tar", "compressed_tar", "parquet"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LakeFile:
+    """An image, or a file that holds images."""
+
+    name: str
+    """Path relative to the lake's root, with ``/``."""
+    url: str
+    """What opens it."""
+    size: int
+    """Bytes, -1 where the listing does not tell."""
+    kind: Kind
+    """What it is, judged by its name."""
+    sidecar: str | None = None
+    """URL of the JSON file of the same stem in the same folder."""
+
+
+def kind_of(name: str) -> Kind | None:
+    """Judges a file by its name; None for what holds no images."""
+    lower = name.lower()
+    if lower.endswith(IMAGE_SUFFIXES):
+        return "image"
+    if lower.endswith(".tar"):
+        return "tar"
+    if lower.endswith(COMPRESSED_TAR_SUFFIXES):
+        return "compressed_tar"
+    return "parquet" if lower.endswith(".parquet") else None
+
+
+def is_hidden(name: str) -> bool:
+    """Tells whether a component of a relative path starts with a dot (``.git``, macOS's ``._a.jpg``)."""
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def list_lake(url: str) -> Iterator[LakeFile]:
+    """Lists a lake in an order that, containers expanded in place, is that of the image ids.
+
+    Args:
+        url: A folder or bucket, or a single file.
+
+    Yields:
+        Images, tars and parquet files; hidden files and folders are left out.
+
+    Raises:
+        MissingError: If there is nothing at ``url``.
+        LakeError: If it cannot be listed.
+    """
+    fs, root = open_filesystem(url)
+    with explained(url):
+        info = fs.info(root)
+    if info["type"] == "file":
+        name = root.rstrip("/").rsplit("/", 1)[-1]
+        kind = kind_of(name)
+        if kind is None:
+            raise LakeError(
+                f"{redact_url(url)} is neither a folder nor an image, tar or parquet file. Lakes are: a folder or "
+                "bucket of images, tars (uncompressed) and parquet files with an image column."
+            )
+        yield LakeFile(name=name, url=url_of(url, root), size=_size(info), kind=kind, sidecar=_lone_sidecar(fs, url))
+        return
+    yield from _list_folder(fs, url, root, "")
+
+
+def _list_folder(fs: fsspec.AbstractFileSystem, url: str, root: str, prefix: str) -> Iterator[LakeFile]:
+    folder = f"{root.rstrip('/')}/{prefix}".rstrip("/") or "/"
+    with explained(url_of(url, folder)):
+        entries = fs.ls(folder, detail=True)
+    listed = {}
+    sidecars = {}
+    for entry in entries:
+        name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
+        # Object stores list a folder's own marker object among its contents.
+        if entry["name"].rstrip("/") == folder.rstrip("/") or is_hidden(name) or not _encodable(prefix + name):
+            continue
+        if entry["type"] == "directory":
+            if not _leads_back(entry):
+                listed[name + "/"] = entry
+            continue
+        kind = kind_of(name)
+        if kind is not None:
+            # The key by which the ids of what is inside will sort: "a.tar/x.jpg", "a.parquet#7".
+            listed[name + {"tar": "/", "parquet": "#"}.get(kind, "")] = entry
+        elif name.lower().endswith(".json"):
+            sidecars[name.rsplit(".", 1)[0]] = url_of(url, entry["name"])
+    del entries
+    for key in sorted(listed):
+        entry = listed[key]
+        if entry["type"] == "directory":
+            yield from _list_folder(fs, url, root, prefix + key)
+            continue
+        name = key.rstrip("/#") if key[-1] in "/#" else key
+        kind = kind_of(name)
+        assert kind is not None
+        yield LakeFile(
+            name=prefix + name,
+            url=url_of(url, entry["name"]),
+            size=_size(entry),
+            kind=kind,
+            sidecar=sidecars.get(name.rsplit(".", 1)[0]),
+        )
+
+
+def _lone_sidecar(fs: fsspec.AbstractFileSystem, url: str) -> str | None:
+    sidecar = url.rsplit(".", 1)[0] + ".json"
+    try:
+        with explained(sidecar):
+            path = fs._strip_protocol(sidecar)
+            fs.info(path)
+    except MissingError:
+        return None
+    return url_of(url, path)
+
+
+def _size(entry: dict[str, Any]) -> int:
+    size = entry.get("size")
+    return -1 if size is None else int(size)
+
+
+def _encodable(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        logger.warning("left out %r: its name is not UTF-8, and parquet has no other strings; rename it", name)
+        return False
+    return True
+
+
+def _leads_back(entry: dict[str, Any]) -> bool:
+    """Tells whether a local entry is a link to a folder that it lies in, which would be listed without end."""
+    if not entry.get("islink"):
+        return False
+    path = Path(entry["name"])
+    return path.resolve() in (path.parent.resolve(), *path.parent.resolve().parents)
