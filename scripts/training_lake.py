@@ -1,0 +1,151 @@
+"""Builds the lake that the shipped models are trained on.
+
+    python scripts/training_lake.py --data DATA --output LAKE --synthetic-train 1500 --synthetic-val 60
+
+``DATA`` holds ``nuclei/`` and ``coco_mini_train/``, each an ``instances.json`` in COCO's form beside ``images/``. The
+lake is one tree in SA-1B's layout: ``train/DOMAIN/x.jpg`` beside ``x.json`` and the same under ``val/``, for the
+domains ``nuclei``, ``photos`` and ``synthetic``; ``val/DOMAIN/instances.json`` holds the same masks in COCO's form.
+
+Photographs are taken only where their licence allows shipping what was trained on them. The split is by a hash of the
+file's name, so that it never depends on what else is in the folder. The nuclei come from fewer slides than files, and
+nothing in the data says which files share one: near-duplicate crops of a slide can land on both sides, so figures on
+the validation nuclei tell how a model does on known slides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from tinysam.lake.annotations import read_annotations
+from tinysam.lake.coco import CocoFile
+from tinysam.lake.filesystem import LakeError, join, list_files, read_bytes, write_once
+from tinysam.lake.images import ImageError, decode_image
+from tinysam.synthetic.sa1b import sidecar
+from tinysam.synthetic.write import SceneSet, iter_write
+
+SHIPPABLE_LICENSES = frozenset({4, 5, 7, 8})
+"""COCO's ids of CC BY, CC BY-SA, no known restrictions, and work of the US government."""
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingLake:
+    """What the lake is built from."""
+
+    data: str
+    """Folder or URL that holds nuclei/ and coco_mini_train/."""
+    output: str
+    """Folder or URL of the lake."""
+    synthetic_train: int = 1500
+    """Synthetic scenes to train on; about a third of them microscopy."""
+    synthetic_val: int = 60
+    """Synthetic scenes to validate on, of a seed of their own."""
+    val_share: float = 0.1
+    """Share of the real images that is held out."""
+    seed: int = 0
+    """Of the synthetic scenes."""
+    workers: int = 2
+    """Processes that paint scenes."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_share < 1:
+            raise ValueError(f"val_share must be in [0, 1), got {self.val_share}")
+
+
+def split_of(domain: str, file_name: str, val_share: float) -> str:
+    """``"val"`` for a fixed pseudo-random share of the names of a domain, ``"train"`` for the others."""
+    digest = hashlib.sha256(f"{domain}/{file_name}".encode()).digest()
+    return "val" if int.from_bytes(digest[:4], "big") / 2**32 < val_share else "train"
+
+
+def as_jpeg_or_png(data: bytes) -> tuple[bytes, str]:
+    """An image file and its extension: JPEG and PNG as they are, anything else turned into PNG without loss."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return data, ".jpg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data, ".png"
+    buffer = io.BytesIO()
+    Image.fromarray(decode_image(data)).save(buffer, "PNG")
+    return buffer.getvalue(), ".png"
+
+
+def convert_coco(
+    source: str, domain: str, config: TrainingLake, console: Console, licenses: frozenset[int] | None = None
+) -> None:
+    """Converts one COCO folder (``instances.json``, ``images/``), of ``licenses`` only where they are given."""
+    coco = CocoFile.read(join(source, "instances.json"))
+    for name, entry in track(coco.images.items(), domain, console=console):
+        if licenses is not None and entry.get("license") not in licenses:
+            continue
+        data, extension = as_jpeg_or_png(read_bytes(join(source, "images", name)))
+        row = {"annotations": json.dumps(coco.annotations[entry["id"]])}
+        size = int(entry["height"]), int(entry["width"])
+        rles = read_annotations(row, *size) or []
+        stem = PurePosixPath(name).stem
+        folder = join(config.output, split_of(domain, name, config.val_share), domain)
+        write_once(join(folder, f"{stem}.json"), sidecar(f"{stem}{extension}", int(entry["id"]), size, rles))
+        write_once(join(folder, f"{stem}{extension}"), data)
+
+
+def write_instances(folder: str) -> None:
+    """Writes ``instances.json`` (COCO's form, one category) from the sidecars of a folder."""
+    images, annotations = [], []
+    for url in list_files(folder, "*.json"):
+        if url.endswith("/instances.json"):
+            continue
+        content = json.loads(read_bytes(url))
+        image = content["image"]
+        images.append({**{k: image[k] for k in ("file_name", "width", "height")}, "id": image["image_id"]})
+        annotations += [
+            {**record, "image_id": image["image_id"], "category_id": 1, "iscrowd": 0}
+            for record in content["annotations"]
+        ]
+    for number, record in enumerate(annotations, start=1):
+        record["id"] = number
+    categories = [{"id": 1, "name": "object"}]
+    coco = {"images": images, "annotations": annotations, "categories": categories}
+    write_once(join(folder, "instances.json"), json.dumps(coco).encode())
+
+
+def build(config: TrainingLake, console: Console) -> None:
+    """Builds the lake; files of an earlier run of the same configuration are replaced by the same bytes."""
+    convert_coco(join(config.data, "nuclei"), "nuclei", config, console)
+    convert_coco(join(config.data, "coco_mini_train"), "photos", config, console, SHIPPABLE_LICENSES)
+    counts = {"train": config.synthetic_train, "val": config.synthetic_val}
+    for number, split in enumerate(SPLITS):
+        output = join(config.output, split, "synthetic")
+        scenes = SceneSet(output=output, count=counts[split], seed=2 * config.seed + number, workers=config.workers)
+        for _ in track(iter_write(scenes), f"synthetic {split}", total=scenes.count, console=console):
+            pass
+    for domain in ("nuclei", "photos", "synthetic"):
+        write_instances(join(config.output, "val", domain))
+        for split in SPLITS:
+            files = list_files(join(config.output, split, domain))
+            images = sum(not url.endswith(".json") for url in files)
+            console.print(f"{split}/{domain}: {images} images", highlight=False)
+
+
+def main() -> int:
+    """Runs the command line and returns its exit code."""
+    console = Console(stderr=True)
+    try:
+        build(tyro.cli(TrainingLake, description=__doc__), console)
+    except (LakeError, ImageError, ValueError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Ground truth in SA-1B's layout: one JSON beside each image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+
+from tinysam.lake.rle import decode_rle, rle_area, rle_bbox
+
+
+def annotation(rle: Mapping[str, Any], annotation_id: int) -> dict[str, Any]:
+    """One SA-1B annotation of an exact mask.
+
+    Args:
+        rle: COCO run lengths, compressed; ``counts`` str or bytes. The mask must not be empty.
+        annotation_id: Unique within the lake by convention.
+
+    Returns:
+        SA-1B's keys: ``point_coords`` is the pixel deepest inside, ``predicted_iou`` and ``stability_score`` are 1.
+    """
+    height, width = (int(side) for side in rle["size"])
+    left, top, columns, rows = (int(value) for value in rle_bbox(rle))
+    patch = decode_rle(rle)[top : top + rows, left : left + columns]
+    depth = ndimage.distance_transform_edt(np.pad(patch, 1))[1:-1, 1:-1]
+    y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+    counts = rle["counts"].decode("ascii") if isinstance(rle["counts"], bytes) else rle["counts"]
+    return {
+        "id": annotation_id,
+        "segmentation": {"size": [height, width], "counts": counts},
+        "bbox": [left, top, columns, rows],
+        "area": rle_area(rle),
+        "point_coords": [[left + int(x), top + int(y)]],
+        "predicted_iou": 1.0,
+        "stability_score": 1.0,
+        "crop_box": [0, 0, width, height],
+    }
+
+
+def sidecar(file_name: str, image_id: int, size: tuple[int, int], rles: Iterable[Mapping[str, Any]]) -> bytes:
+    """The JSON that lies beside image ``file_name`` of ``size`` (height, width) and holds its masks ``rles``."""
+    annotations = [annotation(rle, image_id * 1000 + number) for number, rle in enumerate(rles, start=1)]
+    image = {"image_id": image_id, "width": size[1], "height": size[0], "file_name": file_name}
+    return json.dumps({"image": image, "annotations": annotations}).encode()
