@@ -1,0 +1,38 @@
+"""Starting Ray, or joining the cluster that the job was submitted to."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The folder that holds ``pipelines`` and ``tinysam``."""
+
+
+def start_ray(address: str | None = None) -> None:
+    """Connects to ``address``, ``RAY_ADDRESS`` or the cluster of this job; starts Ray on this machine otherwise.
+
+    Does nothing where Ray already runs in this process. Workers can import this repository's packages in each case:
+    a submitted job has its working directory on their path; for all others it is put there.
+    """
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    options: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
+    search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # set by `ray job submit`
+        ray.init(address=address, **options)
+    elif address or os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": search_path}}, **options)
+    else:
+        os.environ["PYTHONPATH"] = search_path  # what a raylet starts inherits its environment
+        ray.init(include_dashboard=False, **options)
+
+
+def cluster_total(resource: str) -> float:
+    """How much of ``"CPU"`` or ``"GPU"`` the cluster has now; nodes that an autoscaler may add do not count."""
+    return float(ray.cluster_resources().get(resource, 0.0))

@@ -1,0 +1,165 @@
+"""One way to run a job over a lake: a fixed plan of shards, each computed by any worker and written exactly once.
+
+The output's listing is the only record of what is done. A shard's name and content follow from the plan, so a killed
+run continues where it stopped, and a retry writes the same bytes to the same place. The index is listed once and kept
+in the output: a resumed run has the same plan even when the lake has changed in between.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from pipelines.common.cli import JobError, error_console
+from pipelines.common.job_config import ShardJobConfig
+from pipelines.common.output import JobOutput
+from pipelines.common.progress import JobProgress
+from pipelines.common.ray_setup import start_ray
+from pipelines.common.resources import WorkerResources, plan_workers
+from pipelines.common.result import JobResult
+from pipelines.common.shard_worker import Placement, ShardActor, ShardWorker
+from pipelines.common.summary import print_dry_run, print_summary
+from tinysam.lake import schema
+from tinysam.lake.fingerprint import fingerprint
+from tinysam.lake.plan import Shard
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILED_SHARDS = 10
+"""A run stops after so many failed shards, or after the first when none succeeded before it."""
+
+MAX_TASK_RETRIES = 5
+"""How often a shard is tried again after its worker or node died. An image that kills its process (out of memory, a
+crash in a decoder) must not occupy the cluster for ever."""
+
+STALL_SECONDS = 24 * 3600
+"""How long a job waits without progress, for spot machines to come back. Ray's default gives up after 30 minutes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """A job over the shards of a lake."""
+
+    name: str
+    """Appears in the run record, in progress and in the summary."""
+    config: ShardJobConfig
+    """The resolved flags; a job's own flags are fields of a subclass."""
+    make_worker: Callable[[Placement], ShardWorker]
+    """Builds the worker; called once in each worker process, so it must pickle: a ``functools.partial`` does."""
+    identity: Mapping[str, Any]
+    """Everything beyond the plan that changes the results: checkpoints by content, thresholds, sizes. An output that
+    was made with another identity is not continued."""
+
+    def run(self) -> int:
+        """Computes the shards that the output lacks, reports, and returns the exit code (:mod:`pipelines.common.cli`).
+
+        A dry run starts no Ray and writes nothing.
+
+        Raises:
+            JobError: if shards failed for reasons that no image is to blame for.
+            LakeError: if the lake cannot be listed or is empty, or the output cannot be written or holds another run.
+        """
+        output = JobOutput(self.name, self.config, self.fingerprint())
+        plan = output.plan()
+        todo = output.todo(plan)
+        if self.config.dry_run:
+            print_dry_run(self.name, self.config, plan, todo)
+            return 0
+
+        output.begin(plan, todo)
+        result = JobResult(shards=len(plan), shards_before=len(plan) - len(todo))
+        left = {shard.shard_id for shard in todo}
+        result.counts += output.counts([shard for shard in plan if shard.shard_id not in left])
+        start = time.monotonic()
+        try:
+            if todo:
+                self._run_shards(todo, result)
+            result.finished = not result.failures
+        finally:
+            result.seconds = time.monotonic() - start
+            output.end(result)
+        print_summary(self.name, self.config, result)
+        if result.failures:
+            raise JobError(_explain_failures(result))
+        code = result.exit_code(self.config.max_error_rate)
+        if code:
+            error_console.print(
+                f"{result.errors} of {result.total_images} images failed, more than --max-error-rate "
+                f"{self.config.max_error_rate:g} allows; the column 'error' of the shards says why"
+            )
+        return code
+
+    def fingerprint(self) -> str:
+        """What two runs have in common whose shards may lie in one folder."""
+        plan = ("lake", "annotations", "include", "exclude", "limit", "images_per_shard")
+        return fingerprint(
+            {
+                "job": self.name,
+                "schema_version": schema.SCHEMA_VERSION,
+                "plan": {name: getattr(self.config, name) for name in plan},
+                "identity": dict(self.identity),
+            }
+        )
+
+    def _run_shards(self, todo: Sequence[Shard], result: JobResult) -> None:
+        start_ray(self.config.ray_address)
+        resources = plan_workers(self.config, len(todo))
+        result.num_workers, result.device = resources.num_workers, resources.placement.device
+        missing = {shard.shard_id: shard for shard in todo}
+        images = sum(shard.rows.num_rows for shard in todo)
+        with JobProgress(self.name, images, error_console) as progress:
+            for row in self._stream(todo, resources):
+                shard = missing.pop(row["shard_id"])
+                if row["failure"] is not None:
+                    result.failures[shard.shard_id] = row["failure"]
+                    if result.images == 0 or len(result.failures) >= MAX_FAILED_SHARDS:
+                        return
+                    continue
+                counts = Counter(json.loads(row["counts"]))
+                result.counts += counts
+                result.images += shard.rows.num_rows
+                result.bytes_read += row["bytes_read"]
+                result.time_split.update(json.loads(row["time_split"]))
+                progress.advance(shard.rows.num_rows, shard.rows.num_rows - counts[schema.OK])
+        for shard_id in missing:
+            result.failures[shard_id] = f"its worker died {MAX_TASK_RETRIES + 1} times: out of memory, or a crash"
+
+    def _stream(self, todo: Sequence[Shard], resources: WorkerResources) -> Iterator[dict[str, Any]]:
+        """Result rows (``shard_worker.RESULT``) in the order in which shards finish."""
+        context = DataContext.get_current()
+        context.target_max_block_size = None  # one shard, one block, one task
+        context.enable_progress_bars = False
+        context.execution_options.preserve_order = False
+        context.execution_no_progress_timeout_s = STALL_SECONDS
+        context.max_errored_blocks = -1  # accounted for by the shards that are missing at the end
+        results = ray.data.from_arrow([shard.rows for shard in todo]).map_batches(
+            ShardActor,
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=resources.num_workers, max_tasks_in_flight_per_actor=1),
+            fn_constructor_args=(self.make_worker, resources.placement, self.config.output),
+            num_cpus=resources.placement.num_cpus,
+            num_gpus=resources.num_gpus,
+            max_task_retries=MAX_TASK_RETRIES,
+        )
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from batch.to_pylist()
+
+
+def _explain_failures(result: JobResult) -> str:
+    shown = list(result.failures.items())[:3]
+    lines = [f"{shard_id}: {reason}" for shard_id, reason in shown]
+    more = len(result.failures) - len(shown)
+    if more:
+        lines.append(f"… and {more} more")
+    return "\n".join(
+        [f"{len(result.failures)} shards failed; after a remedy, the same command goes on from here", *lines]
+    )

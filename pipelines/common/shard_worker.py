@@ -1,0 +1,127 @@
+"""The part of a shard job that runs on the workers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pyarrow as pa
+
+from pipelines.common.timing import StageClock
+from tinysam.lake import schema
+from tinysam.lake.filesystem import join
+from tinysam.lake.shards import SHARDS_FOLDER, write_shard
+
+logger = logging.getLogger(__name__)
+
+COUNTS_KEY = "counts"
+"""Key of a shard's metadata: JSON of its images by status, so that a resumed run can count without reading rows."""
+
+RESULT = pa.schema(
+    [
+        pa.field("shard_id", pa.string()),
+        pa.field("counts", pa.string()),  # JSON, images by status
+        pa.field("time_split", pa.string()),  # JSON, seconds by stage
+        pa.field("bytes_read", pa.int64()),
+        pa.field("seconds", pa.float64()),
+        pa.field("failure", pa.string()),  # why the shard was not written; null where it was
+    ]
+)
+"""What comes back to the driver from one shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a worker finds itself."""
+
+    device: str
+    """"cpu" or "cuda"."""
+    num_cpus: int
+    """CPUs that it has reserved, and so the threads that it may keep busy."""
+
+
+class ShardWorker(ABC):
+    """What a job does with the images of one shard. Built once in each worker process, so it can hold a model.
+
+    Results must depend on the rows and the configuration alone: then a shard's bytes are the same whoever computes it
+    and however often, which is what makes a retry harmless.
+    """
+
+    schema: ClassVar[pa.Schema]
+    """Schema of the table that ``process`` returns; it has a ``status`` column."""
+
+    def __init__(self) -> None:
+        self.clock = StageClock()
+        """``with self.clock.stage("decode"):`` makes a stage appear in the job's time split."""
+
+    def metadata(self) -> dict[str, str]:
+        """Facts about the model that every shard's file metadata repeats."""
+        return {}
+
+    @abstractmethod
+    def process(self, rows: pa.Table) -> pa.Table:
+        """Turns the index rows of a shard (``tinysam.lake.schema.INDEX``) into its results, in the same order.
+
+        An image that cannot be processed is a row with a status; an exception fails the whole shard and is for causes
+        that no image is to blame for.
+        """
+
+
+class ShardActor:
+    """The callable that Ray Data keeps alive in each worker: rows of a shard in, ``RESULT`` row out."""
+
+    def __init__(self, make_worker: Callable[[Placement], ShardWorker], placement: Placement, output: str) -> None:
+        self._make_worker, self._placement, self._output = make_worker, placement, output
+        self._worker: ShardWorker | None = None
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        shard_id = rows["shard_id"][0].as_py()
+        start = time.perf_counter()
+        counts: dict[str, int] = {}
+        split: dict[str, float] = {}
+        failure = None
+        try:
+            worker = self._ready_worker()
+            table = worker.process(rows)
+            counts = dict(sorted(Counter(table["status"].to_pylist()).items()))
+            with worker.clock.stage("write"):
+                metadata = {
+                    "schema_version": str(schema.SCHEMA_VERSION),
+                    COUNTS_KEY: json.dumps(counts),
+                    **worker.metadata(),
+                }
+                write_shard(join(self._output, SHARDS_FOLDER), shard_id, table, metadata)
+            split = worker.clock.take()
+        except Exception as error:
+            # The boundary of the worker: the driver reports the failure, and the other shards go on.
+            logger.exception("shard %s failed", shard_id)
+            failure = f"{type(error).__name__}: {error}"
+        return pa.Table.from_pylist(
+            [
+                {
+                    "shard_id": shard_id,
+                    "counts": json.dumps(counts),
+                    "time_split": json.dumps(split),
+                    "bytes_read": sum(size for size in rows["size"].to_pylist() if size > 0),
+                    "seconds": time.perf_counter() - start,
+                    "failure": failure,
+                }
+            ],
+            schema=RESULT,
+        )
+
+    def _ready_worker(self) -> ShardWorker:
+        # Not in __init__: a model that cannot be loaded would make Ray restart the actor for ever.
+        if self._worker is None:
+            import torch
+
+            # Sums depend on how many threads share them, and Ray's own choice depends on the machine.
+            torch.set_num_threads(self._placement.num_cpus)
+            self._worker = self._make_worker(self._placement)
+        return self._worker

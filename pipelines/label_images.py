@@ -1,0 +1,179 @@
+"""Segments everything in every image of a lake.
+
+    python pipelines/label_images.py --lake s3://bucket/images --output s3://bucket/masks --student tinysam.pth
+
+Each image becomes one row (``tinysam.lake.schema.MASKS``) with its masks as COCO run lengths at original resolution.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found without an installation, and first of all
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipelines.common.cli import parse_config, run_main
+from pipelines.common.job_config import ShardJobConfig
+from pipelines.common.models import weights_sha256
+from pipelines.common.read_ahead import read_ahead
+from pipelines.common.shard_job import ShardJob
+from pipelines.common.shard_worker import Placement, ShardWorker
+from tinysam import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator, load
+from tinysam.everything.config import HierarchicalConfig
+from tinysam.lake import schema
+from tinysam.lake.fingerprint import fingerprint
+from tinysam.lake.images import ImageError, decode_image
+from tinysam.lake.index import read_image_bytes
+
+DEFAULT_STUDENT = "demo_student"
+HIERARCHICAL_ONLY = ("coarse_ratio", "high_score_thresh")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelImagesConfig(ShardJobConfig):
+    """Segments everything in every image of a lake."""
+
+    student: str | None = None
+    """The model: a name, or a checkpoint's path or URL. None: "demo_student", unless --quantized names a model."""
+    quantized: str | None = None
+    """Folder of a quantized student (pipelines/quantize.py), instead of --student. Runs on CPUs."""
+    generator: Literal["hierarchical", "flat"] = "hierarchical"
+    """hierarchical: a coarse grid first, then points where it found nothing. flat: SAM's own dense grid."""
+    everything: HierarchicalConfig = field(default_factory=lambda: HierarchicalConfig(output_mode="coco_rle"))
+    """Options of the generator."""
+    min_area: int = 0
+    """Masks with fewer pixels are left out."""
+    max_area: int | None = None
+    """Masks with more pixels are left out."""
+    max_masks: int | None = None
+    """At most so many masks an image, those with the highest predicted IoU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.student is not None and self.quantized is not None:
+            raise ValueError("--student and --quantized name two models; give one of them")
+        if self.quantized is not None and self.device == "cuda":
+            raise ValueError("--quantized runs on CPUs; leave --device out")
+        if self.everything.output_mode != "coco_rle":
+            raise ValueError("masks are stored as run lengths; leave --everything.output-mode out")
+        defaults = HierarchicalConfig()
+        changed = [name for name in HIERARCHICAL_ONLY if getattr(self.everything, name) != getattr(defaults, name)]
+        if self.generator == "flat" and changed:
+            flag = changed[0].replace("_", "-")
+            raise ValueError(f"--everything.{flag} is an option of --generator hierarchical; leave it out")
+        if self.min_area < 0:
+            raise ValueError("--min-area must not be negative")
+        if self.max_area is not None and self.max_area < self.min_area:
+            raise ValueError("--max-area must not be below --min-area")
+        if self.max_masks is not None and self.max_masks < 1:
+            raise ValueError("--max-masks must be at least 1")
+
+    @property
+    def model(self) -> str:
+        """What to load."""
+        return self.quantized or self.student or DEFAULT_STUDENT
+
+    def labelling(self) -> dict[str, Any]:
+        """What decides about the masks beside the weights."""
+        options = asdict(self.everything)
+        if self.generator == "flat":
+            options = {name: value for name, value in options.items() if name not in HIERARCHICAL_ONLY}
+        # How many prompts are decoded at once changes memory and speed alone.
+        del options["points_per_batch"]
+        names = ("generator", "min_area", "max_area", "max_masks")
+        return {"everything": options, **{name: getattr(self, name) for name in names}}
+
+
+class LabelImagesWorker(ShardWorker):
+    """Index rows in, rows of ``schema.MASKS`` out."""
+
+    schema: ClassVar[pa.Schema] = schema.MASKS
+
+    def __init__(self, config: LabelImagesConfig, model_sha256: str, placement: Placement) -> None:
+        super().__init__()
+        self._config, self._model_sha256, self._placement = config, model_sha256, placement
+        torch.backends.cudnn.deterministic = True
+        sam = load(config.model).to(placement.device)
+        options = asdict(config.everything)
+        self._generator: SamAutomaticMaskGenerator
+        if config.generator == "hierarchical":
+            self._generator = SamHierarchicalMaskGenerator(sam, **options)
+        else:
+            for name in HIERARCHICAL_ONLY:
+                del options[name]
+            self._generator = SamAutomaticMaskGenerator(sam, **options)
+
+    def metadata(self) -> dict[str, str]:
+        """What the masks were made with."""
+        return {
+            "model": self._config.model,
+            "model_sha256": self._model_sha256,
+            "labelling": fingerprint(self._config.labelling()),
+        }
+
+    def process(self, rows: pa.Table) -> pa.Table:
+        """One row of ``schema.MASKS`` an image, bad images as a status."""
+        threads = self._placement.num_cpus
+        done = []
+        for row, pixels in read_ahead(self._read, rows.to_pylist(), threads=threads, ahead=threads + 1):
+            if pixels is not None:
+                with self.clock.stage("segment"):
+                    row["masks"] = self._segment(pixels)
+            done.append(row)
+        return pa.Table.from_pylist(done, schema=self.schema)
+
+    def _read(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
+        out: dict[str, Any] = {"image_id": row["image_id"], "uri": row["uri"], "status": schema.OK}
+        try:
+            with self.clock.stage("read"):
+                data = read_image_bytes(row)
+            with self.clock.stage("decode"):
+                pixels = decode_image(data)
+        except ImageError as error:
+            return out | {"status": error.status, "error": str(error)}, None
+        return out | {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels
+
+    def _segment(self, pixels: np.ndarray) -> list[dict[str, Any]]:
+        """Masks as ``schema.MASK``, in the generator's order."""
+        records = self._generator.generate(pixels)
+        limit = self._config.max_area
+        kept = [r for r in records if r["area"] >= self._config.min_area and (limit is None or r["area"] <= limit)]
+        if self._config.max_masks is not None and len(kept) > self._config.max_masks:
+            best = sorted(range(len(kept)), key=lambda i: -kept[i]["predicted_iou"])[: self._config.max_masks]
+            kept = [kept[i] for i in sorted(best)]
+        return [
+            {
+                "size": record["segmentation"]["size"],
+                "counts": record["segmentation"]["counts"],
+                **{name: record[name] for name in ("bbox", "area", "predicted_iou", "stability_score", "point_coords")},
+            }
+            for record in kept
+        ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job; returns its exit code."""
+    config = parse_config(LabelImagesConfig, argv)
+    if config.quantized is not None:
+        config = replace(config, device="cpu")
+    model_sha256 = weights_sha256(config.model)
+    return ShardJob(
+        name="label_images",
+        config=config,
+        make_worker=partial(LabelImagesWorker, config, model_sha256),
+        identity={"model": model_sha256, **config.labelling()},
+    ).run()
+
+
+if __name__ == "__main__":
+    from pipelines import label_images  # Ray's workers find classes by their module, and have no __main__ like this one
+
+    run_main(label_images.main)
