@@ -1,0 +1,74 @@
+"""SAM's mask decoder for several images at once, showing the tokens that distillation compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from segment_anything.modeling import MaskDecoder, Sam
+
+from tinysam.distill.prompts import Prompts, embed_prompts
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the decoder says of ``N`` prompts."""
+
+    tokens: torch.Tensor
+    """``(N, T, C)`` output tokens of the two-way transformer: IoU, four masks, then the prompt's."""
+    logits: torch.Tensor
+    """``(N, 4, h, w)`` low-resolution mask logits; the first is the single-mask output."""
+    predicted_iou: torch.Tensor
+    """``(N, 4)``."""
+
+
+def dense_positions(sam: Sam, origins: torch.Tensor, size: int) -> torch.Tensor:
+    """Positional encodings of crops of the model's frame.
+
+    Args:
+        origins: ``(B, 2)`` int64 (x, y) of the crops in embedding pixels.
+        size: side of the crops in embedding pixels.
+
+    Returns:
+        ``(B, C, size, size)``.
+    """
+    frame = sam.prompt_encoder.get_dense_pe()[0]
+    return torch.stack([frame[:, y : y + size, x : x + size] for x, y in origins.tolist()])
+
+
+def decode(
+    sam: Sam,
+    embeddings: torch.Tensor,
+    positions: torch.Tensor,
+    prompts: Prompts,
+    mask_logits: torch.Tensor | None = None,
+) -> Decoded:
+    """Decodes ``N = B * P`` prompts, the first P of them on the first image and so on.
+
+    The arithmetic is ``MaskDecoder.predict_masks``'s, which takes one image only and keeps its tokens to itself.
+
+    Args:
+        embeddings: ``(B, C, s, s)``.
+        positions: ``(B, C, s, s)`` from :func:`dense_positions`.
+        prompts: ``N`` prompts.
+        mask_logits: ``(N, 1, 4s, 4s)`` mask prompts, or None.
+    """
+    decoder: MaskDecoder = sam.mask_decoder
+    encoder = sam.prompt_encoder
+    n, (_, channels, height, width) = len(prompts.points), embeddings.shape
+    repeats = n // len(embeddings)
+
+    output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens = torch.cat([output_tokens.expand(n, -1, -1), embed_prompts(encoder, prompts)], 1)
+    if mask_logits is None:
+        dense = encoder.no_mask_embed.weight.view(1, channels, 1, 1)
+    else:
+        dense = encoder.mask_downscaling(mask_logits)
+    source = embeddings.repeat_interleave(repeats, 0) + dense
+
+    tokens, source = decoder.transformer(source, positions.repeat_interleave(repeats, 0), tokens)
+    upscaled = decoder.output_upscaling(source.transpose(1, 2).reshape(n, channels, height, width))
+    mask_tokens = tokens[:, 1 : 1 + decoder.num_mask_tokens]
+    weights = torch.stack([mlp(mask_tokens[:, i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
+    logits = torch.einsum("nmc,nchw->nmhw", weights, upscaled)
+    return Decoded(tokens, logits, decoder.iou_prediction_head(tokens[:, 0]))

@@ -1,0 +1,228 @@
+"""From rows of embedding shards to training samples: crops of image, embedding and masks that fit each other."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import v2
+
+from tinysam.lake import schema
+from tinysam.lake.codecs import Codec, decode_embedding
+from tinysam.lake.rle import decode_rle
+
+EMBEDDING_STRIDE = 16
+LOW_RES_STRIDE = 4
+MIN_BOX_SIDE = 4.0  # input pixels: what a crop leaves of an object that is thinner than a low-resolution pixel is noise
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """How a row becomes a sample."""
+
+    crop_size: int | None = None
+    """Side of the training crops in input pixels, divisible by 16; None trains on whole images. Crops cost less and
+    start on the embedding's grid, so that a cached embedding can be cropped with them (our choice)."""
+    min_zoom: float = 1.0
+    """Smallest magnification of a crop; needs a cache without embeddings."""
+    max_zoom: float = 1.0
+    """Largest magnification of a crop; needs a cache without embeddings."""
+    flip: bool = False
+    """Mirror and transpose at random; needs a cache without embeddings."""
+    color_jitter: float = 0.0
+    """Strength of random changes of brightness, contrast, saturation and hue; needs a cache without embeddings."""
+
+    def __post_init__(self) -> None:
+        if self.crop_size is not None and (self.crop_size <= 0 or self.crop_size % EMBEDDING_STRIDE):
+            raise ValueError(f"crop_size must be a positive multiple of {EMBEDDING_STRIDE}, got {self.crop_size}")
+        if not 0 < self.min_zoom <= self.max_zoom:
+            raise ValueError(f"zoom needs 0 < min_zoom <= max_zoom, got {self.min_zoom} and {self.max_zoom}")
+
+    @property
+    def alters_pixels(self) -> bool:
+        """Whether samples differ from what a teacher saw when its embeddings were cached."""
+        return self.flip or self.color_jitter > 0 or (self.min_zoom, self.max_zoom) != (1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image, or ``B`` of them once stacked (a leading dimension on every tensor). ``S`` is the crop's side."""
+
+    image: torch.Tensor
+    """``(3, S, S)`` uint8."""
+    content_size: torch.Tensor
+    """``(2,)`` int64: height and width of what is image rather than padding."""
+    origin: torch.Tensor
+    """``(2,)`` int64: the crop's (x, y) in the model's frame, in embedding pixels."""
+    embedding: torch.Tensor
+    """``(C, S/16, S/16)`` float32; ``C`` is 0 without a teacher."""
+    targets: torch.Tensor
+    """``(P, S/4, S/4)`` float32 coverages."""
+    boxes: torch.Tensor
+    """``(P, 4)`` float32 x0, y0, x1, y1 in the crop."""
+    weight: torch.Tensor
+    """``(P,)`` float32: 1 for a mask, 0 for a place that no mask fills."""
+
+    @classmethod
+    def stack(cls, samples: Sequence[Sample]) -> Sample:
+        """A batch."""
+        return cls(*(torch.stack([getattr(sample, f.name) for sample in samples]) for f in fields(cls)))
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A square region of the model's frame and how much it is magnified."""
+
+    x: int
+    y: int
+    side: int
+
+
+def make_sample(
+    row: Mapping[str, Any],
+    *,
+    config: SampleConfig,
+    prompts: int,
+    image_size: int,
+    embedding_shape: tuple[int, int, int] | None,
+    codec: Codec,
+    rng: np.random.Generator,
+) -> Sample | None:
+    """A training sample, or None if the row shows no mask and has no embedding to learn from.
+
+    Args:
+        row: of ``schema.EMBEDDING``, with status ok.
+        prompts: P; masks are drawn with replacement where the crop has fewer.
+        image_size: side of the model's frame.
+        embedding_shape: (C, H, W) of the row's embedding; None leaves it unread.
+    """
+    masks = row["masks"] or []
+    if not masks and embedding_shape is None:
+        return None
+    crop = min(config.crop_size or image_size, image_size)
+    window = _choose_window(masks, (row["input_height"], row["input_width"]), crop, image_size, config, rng)
+    scale = crop / window.side
+
+    with Image.open(io.BytesIO(row["image"])) as file:
+        # PIL pads with black where the window leaves the image.
+        region = file.convert("RGB").crop((window.x, window.y, window.x + window.side, window.y + window.side))
+    if window.side != crop:
+        region = region.resize((crop, crop), Image.Resampling.BILINEAR)
+    image = torch.from_numpy(np.array(region)).permute(2, 0, 1)
+    content = np.clip([row["input_height"] - window.y, row["input_width"] - window.x], 0, window.side)
+    content_size = torch.tensor([round(v * scale) for v in content.tolist()])
+
+    chosen, boxes = _choose_masks(masks, window, scale, prompts, rng)
+    targets = _targets(chosen, window, crop)
+    weight = (targets.sum((1, 2)) >= 1).float()
+    if len(chosen) < prompts:  # a crop that shows no mask at all
+        if embedding_shape is None:
+            return None
+        targets, boxes, weight = (
+            targets.new_zeros(prompts, *targets.shape[1:]),
+            torch.zeros(prompts, 4),
+            torch.zeros(prompts),
+        )
+
+    if embedding_shape is None:
+        embedding = torch.zeros(0, crop // EMBEDDING_STRIDE, crop // EMBEDDING_STRIDE)
+    else:
+        full = torch.from_numpy(decode_embedding(row["embedding"], embedding_shape, codec))
+        ys, xs, n = window.y // EMBEDDING_STRIDE, window.x // EMBEDDING_STRIDE, crop // EMBEDDING_STRIDE
+        embedding = full[:, ys : ys + n, xs : xs + n]
+
+    if config.color_jitter > 0:
+        image = _jitter_colors(image, config.color_jitter, rng)
+    if config.flip and int(content_size.min()) == crop:
+        image, targets, boxes = _flip(image, targets, boxes, rng)
+    origin = torch.tensor([window.x // EMBEDDING_STRIDE, window.y // EMBEDDING_STRIDE])
+    if config.alters_pixels:
+        # The window's place in the frame means nothing once it is magnified; any place that holds the crop will do.
+        origin = torch.from_numpy(rng.integers(0, (image_size - crop) // EMBEDDING_STRIDE + 1, 2))
+    return Sample(image, content_size, origin, embedding, targets, boxes, weight)
+
+
+def _choose_window(
+    masks: Sequence[Mapping[str, Any]],
+    content: tuple[int, int],
+    crop: int,
+    image_size: int,
+    config: SampleConfig,
+    rng: np.random.Generator,
+) -> _Window:
+    zoom = float(np.exp(rng.uniform(np.log(config.min_zoom), np.log(config.max_zoom))))
+    # Sides and origins on the embedding's grid keep image, masks and embedding aligned.
+    side = min(EMBEDDING_STRIDE * max(1, round(crop / zoom / EMBEDDING_STRIDE)), image_size)
+    place = []
+    anchor = masks[rng.integers(len(masks))]["bbox"] if masks else None
+    for axis, length in ((0, content[1]), (1, content[0])):
+        last = max(0, -(-length // EMBEDDING_STRIDE) * EMBEDDING_STRIDE - side)
+        if anchor is None:
+            start = rng.uniform(0, last)
+        else:
+            centre = anchor[axis] + anchor[axis + 2] / 2
+            start = centre - rng.uniform(0.1, 0.9) * side
+        place.append(int(np.clip(round(start / EMBEDDING_STRIDE) * EMBEDDING_STRIDE, 0, last)))
+    return _Window(place[0], place[1], side)
+
+
+def _choose_masks(
+    masks: Sequence[Mapping[str, Any]], window: _Window, scale: float, prompts: int, rng: np.random.Generator
+) -> tuple[list[Mapping[str, Any]], torch.Tensor]:
+    """P masks that the window shows, and their boxes within it, in pixels of the crop."""
+    if not masks:
+        return [], torch.zeros(0, 4)
+    xywh = np.array([mask["bbox"] for mask in masks], np.float32)
+    boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
+    boxes = (np.clip(boxes - [window.x, window.y] * 2, 0, window.side) * scale).astype(np.float32)
+    shown = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).min(1) >= MIN_BOX_SIDE)
+    if not len(shown):
+        return [], torch.zeros(0, 4)
+    index = rng.choice(shown, prompts, replace=len(shown) < prompts)
+    return [masks[i] for i in index], torch.from_numpy(boxes[index])
+
+
+def _targets(masks: Sequence[Mapping[str, Any]], window: _Window, crop: int) -> torch.Tensor:
+    """``(len(masks), crop / 4, crop / 4)`` coverages of the masks in the window."""
+    size = crop // LOW_RES_STRIDE
+    if not masks:
+        return torch.zeros(0, size, size)
+    ys, xs, n = (v // schema.MASK_STRIDE for v in (window.y, window.x, window.side))
+    regions = np.stack([decode_rle(mask)[ys : ys + n, xs : xs + n] for mask in masks])
+    pixels = torch.from_numpy(regions)[None].float()
+    if n == 2 * size:
+        return F.avg_pool2d(pixels, 2)[0]
+    return F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)[0]
+
+
+def _jitter_colors(image: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:
+    brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
+    image = v2.functional.adjust_brightness(image, brightness)
+    image = v2.functional.adjust_contrast(image, contrast)
+    image = v2.functional.adjust_saturation(image, saturation)
+    if rng.random() < strength:  # stained and fluorescent microscopy are each other's negative
+        image = v2.functional.invert(image)
+    return image
+
+
+def _flip(
+    image: torch.Tensor, targets: torch.Tensor, boxes: torch.Tensor, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    side = image.shape[-1]
+    horizontal, vertical, transpose = rng.random(3) < 0.5
+    if horizontal:
+        image, targets = image.flip(-1), targets.flip(-1)
+        boxes = torch.stack([side - boxes[:, 2], boxes[:, 1], side - boxes[:, 0], boxes[:, 3]], 1)
+    if vertical:
+        image, targets = image.flip(-2), targets.flip(-2)
+        boxes = torch.stack([boxes[:, 0], side - boxes[:, 3], boxes[:, 2], side - boxes[:, 1]], 1)
+    if transpose:
+        image, targets = image.transpose(-1, -2), targets.transpose(-1, -2)
+        boxes = boxes[:, [1, 0, 3, 2]]
+    return image.contiguous(), targets.contiguous(), boxes
