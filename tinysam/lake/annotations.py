@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from tinysam.lake.filesystem import MissingError, read_bytes, redact_url
 from tinysam.lake.images import ImageError
+from tinysam.lake.resize import shrink_to_grid
 from tinysam.lake.rle import run_lengths
 from tinysam.lake.schema import MASK_STRIDE
 
@@ -77,8 +78,8 @@ def to_training_masks(
 ) -> list[dict[str, Any]]:
     """Brings masks into the model's frame.
 
-    A mask-frame pixel is set where the mask covers more than half of it, by exact area. Masks that cover no pixel by
-    that rule or less than ``min_area`` are left out.
+    A mask-frame pixel is set where the mask covers more than half of it, by exact area (``shrink_to_grid``). Masks
+    that set no pixel or have less than ``min_area`` are left out.
 
     Args:
         rles: COCO run lengths in the original frame, of one image.
@@ -100,16 +101,11 @@ def to_training_masks(
         area = float(coco_mask.area(rle)) * scale_y * scale_x
         if area < min_area:
             continue
-        x, y, w, h = (int(value) for value in coco_mask.toBbox(rle))
-        top, rows = _shrink_matrix(y, h, height, input_size[0])
-        left, columns = _shrink_matrix(x, w, width, input_size[1])
-        covered = rows @ _crop(rle, x, y, w, h) @ columns.T
-        # Weights are integers (overlaps in units of 1 / (input side)), so the comparison is exact.
-        whole = MASK_STRIDE * height * MASK_STRIDE * width
-        patch = covered * 2 > whole
+        top, left, patch = shrink_to_grid(rle, input_size, MASK_STRIDE)
         if not patch.any():
             continue
         point_y, point_x = _deepest(patch)
+        x, y, w, h = (float(value) for value in coco_mask.toBbox(rle))
         canvas = np.zeros((side, side), dtype=np.uint8, order="F")
         canvas[top : top + patch.shape[0], left : left + patch.shape[1]] = patch
         masks.append(
@@ -217,38 +213,6 @@ def _check_rle(rle: Mapping[str, Any], height: int, width: int) -> dict[str, Any
     if isinstance(counts, list):
         return coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
     return {"size": [height, width], "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
-
-
-def _crop(rle: Mapping[str, Any], x: int, y: int, w: int, h: int) -> np.ndarray:
-    """Decodes the box of a mask to (h, w) float64, without decoding the canvas around it."""
-    height = rle["size"][0]
-    ends = np.cumsum(run_lengths(rle["counts"]))
-    first, last = x * height, (x + w) * height
-    clipped = np.clip(ends, first, last)
-    lengths = np.diff(clipped, prepend=first)
-    columns = np.repeat(np.arange(lengths.size) & 1, lengths).reshape(w, height)
-    return columns[:, y : y + h].T.astype(np.float64)
-
-
-def _shrink_matrix(start: int, length: int, source: int, target: int) -> tuple[int, np.ndarray]:
-    """Makes the matrix that area-resizes ``length`` source pixels from ``start`` on to the mask frame.
-
-    Args:
-        start: First source pixel.
-        length: Number of source pixels.
-        source: The whole axis in the original frame.
-        target: The whole axis in the input frame.
-
-    Returns:
-        The first mask-frame pixel touched, and (mask-frame pixels, length) float64 overlaps, counted in units of
-        1 / target source pixels so that they are integers.
-    """
-    first = start * target // (source * MASK_STRIDE)
-    last = -(-(start + length) * target // (source * MASK_STRIDE))
-    edges = np.arange(first, last + 1, dtype=np.int64) * (source * MASK_STRIDE)
-    pixels = np.arange(start, start + length + 1, dtype=np.int64) * target
-    overlap = np.minimum(edges[1:, None], pixels[None, 1:]) - np.maximum(edges[:-1, None], pixels[None, :-1])
-    return first, np.maximum(overlap, 0).astype(np.float64)
 
 
 def _deepest(patch: np.ndarray) -> tuple[int, int]:

@@ -8,16 +8,17 @@ import tarfile
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from tinysam.lake.filesystem import LakeError, explained, is_local, open_filesystem, read_bytes, redact_url
 from tinysam.lake.images import ImageError
 from tinysam.lake.listing import LakeFile, is_hidden, kind_of
+from tinysam.lake.parquet_file import open_parquet
 
 logger = logging.getLogger(__name__)
 
 _TAR_HEADER_READ = 32 << 10  # what a seek to the next header fetches from object storage
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes", "content", "data")
+_REMEDY = "Copy it again, or leave it out with --exclude."
 _COMPRESSED_MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
@@ -58,17 +59,12 @@ def tar_rows(file: LakeFile) -> list[dict[str, Any]]:
                 elif name.lower().endswith(".json"):
                     sidecars[name.rsplit(".", 1)[0]] = (member.offset_data, member.size)
     except tarfile.TarError as error:
-        raise LakeError(
-            f"{redact_url(file.url)} is not a whole tar ({error}). Copy it again, or leave it out with --exclude."
-        ) from error
+        raise LakeError(f"{redact_url(file.url)} is not a whole tar ({error}). {_REMEDY}") from error
     rows = []
     for name in sorted(images):
         offset, size = images[name]
         if file.size >= 0 and offset + size > file.size:
-            raise LakeError(
-                f"{redact_url(file.url)} ends inside its member {name!r}. Copy it again, or leave it out with "
-                "--exclude."
-            )
+            raise LakeError(f"{redact_url(file.url)} ends inside its member {name!r}. {_REMEDY}")
         sidecar = sidecars.get(name.rsplit(".", 1)[0])
         location = f"{file.url}#bytes={sidecar[0]}-{sum(sidecar)}" if sidecar else None
         rows.append(
@@ -102,14 +98,15 @@ def parquet_rows(file: LakeFile) -> list[dict[str, Any]]:
     Raises:
         LakeError: If the file is not parquet, or several columns could be meant.
     """
-    metadata = _open_parquet(file.url, _version(file.url)).metadata
-    if image_column(metadata.schema.to_arrow_schema(), file.url) is None:
+    with open_parquet(file.url, remedy=_REMEDY) as parquet:
+        rows = parquet.metadata.num_rows
+        column = image_column(parquet.schema_arrow, file.url)
+    if column is None:
         logger.warning("left out %s: it has no column of image bytes", redact_url(file.url))
         return []
-    digits = len(str(max(metadata.num_rows - 1, 0)))
+    digits = len(str(max(rows - 1, 0)))
     return [
-        {"image_id": f"{file.name}#{row:0{digits}d}", "uri": file.url, "offset": row, "size": -1}
-        for row in range(metadata.num_rows)
+        {"image_id": f"{file.name}#{row:0{digits}d}", "uri": file.url, "offset": row, "size": -1} for row in range(rows)
     ]
 
 
@@ -148,10 +145,8 @@ def read_parquet_image(url: str, row: int) -> bytes:
         LakeError: If the file is gone or damaged, or has fewer rows than the index says.
     """
     version = _version(url)
-    metadata = _open_parquet(url, version).metadata
     first = 0
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
+    for group, rows in enumerate(_row_group_sizes(url, version)):
         if row < first + rows:
             value = _read_row_group(url, version, group)[row - first].as_py()
             data = value.get("bytes") if isinstance(value, dict) else value
@@ -168,27 +163,16 @@ def _version(url: str) -> str:
         return str(fs.ukey(path))
 
 
-@functools.lru_cache(maxsize=16)
-def _open_parquet(url: str, version: str) -> Any:
-    fs, path = open_filesystem(url)
-    try:
-        with explained(url), fs.open(path, "rb") as file:
-            return pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise LakeError(
-            f"{redact_url(url)} is not a whole parquet file ({error}). Copy it again, or leave it out with --exclude."
-        ) from error
+@functools.lru_cache(maxsize=64)
+def _row_group_sizes(url: str, version: str) -> tuple[int, ...]:
+    with open_parquet(url, remedy=_REMEDY) as parquet:
+        return tuple(parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups))
 
 
 @functools.lru_cache(maxsize=2)
 def _read_row_group(url: str, version: str, group: int) -> pa.ChunkedArray:
-    fs, path = open_filesystem(url)
-    try:
-        with explained(url), fs.open(path, "rb") as file:
-            parquet = pq.ParquetFile(file)
-            column = image_column(parquet.schema_arrow, url)
-            if column is None:
-                raise LakeError(f"{redact_url(url)} has no column of image bytes any more. Index the lake again.")
-            return parquet.read_row_group(group, columns=[column]).column(column)
-    except (pa.ArrowInvalid, pa.ArrowIOError) as error:
-        raise LakeError(f"{redact_url(url)} is damaged ({error}). Copy it again.") from error
+    with open_parquet(url, remedy=_REMEDY) as parquet:
+        column = image_column(parquet.schema_arrow, url)
+        if column is None:
+            raise LakeError(f"{redact_url(url)} has no column of image bytes any more. Index the lake again.")
+        return parquet.read_row_group(group, columns=[column]).column(column)

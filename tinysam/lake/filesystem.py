@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
-import importlib
 import os
 import re
 import tempfile
@@ -17,10 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
 _S3_SCHEMES = ("s3", "s3a")
+_DRIVERS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs")
 _SINGLE_PUT_BYTES = 1 << 30  # s3fs splits what is larger than twice its chunk size into several requests
 
 
@@ -39,7 +40,7 @@ def is_local(url: str) -> bool:
 
 def join(url: str, *parts: str) -> str:
     """Appends path components to a URL: ``join("s3://b/a/", "c", "d.json") == "s3://b/a/c/d.json"``."""
-    return "/".join([url.rstrip("/") or "/", *(part.strip("/") for part in parts)]).replace("//", "/", url == "/")
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
 def redact_url(url: str) -> str:
@@ -199,20 +200,17 @@ def explained(url: str, *, writing: bool = False) -> Iterator[None]:
     """Turns errors of the storage behind ``url`` into a LakeError that names the URL and the remedy."""
     try:
         yield
-    except LakeError:
-        raise
-    except (OSError, ImportError, ValueError) as error:
-        raise _explain(url, error, writing) from error
-    except _botocore_errors() as error:
+    except Exception as error:
+        if not _is_storage_error(error):
+            raise
         raise _explain(url, error, writing) from error
 
 
-def _botocore_errors() -> tuple[type[BaseException], ...]:
-    # s3fs translates most of botocore's errors, but not those from before a request is sent (no credentials, no route).
-    try:
-        return (importlib.import_module("botocore.exceptions").BotoCoreError,)
-    except ImportError:
-        return ()
+def _is_storage_error(error: Exception) -> bool:
+    if isinstance(error, LakeError | pa.ArrowException):
+        return False
+    # Drivers let errors of their own libraries through, and importing all of those to name the classes is no option.
+    return isinstance(error, OSError | ImportError | ValueError) or type(error).__module__.split(".")[0] in _DRIVERS
 
 
 def _explain(url: str, error: BaseException, writing: bool) -> LakeError:

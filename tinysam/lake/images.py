@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 
 import numpy as np
@@ -80,10 +81,10 @@ def decode_image(data: bytes, *, max_pixels: int = 200_000_000) -> np.ndarray:
         rgb = _to_rgb(image)
         if orientation in _TRANSPOSE:
             rgb = rgb.transpose(_TRANSPOSE[orientation])
-    except ImageError:
-        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", str(error)) from error
     except _DATA_ERRORS as error:
-        raise ImageError("truncated", f"{image.format} is cut short or damaged: {error}") from error
+        raise _failure(str(image.format), error) from error
     return np.array(rgb)
 
 
@@ -103,7 +104,8 @@ def _open(data: bytes) -> Image.Image:
         if name not in Image.OPEN:
             continue
         factory, accept = Image.OPEN[name]
-        if accept is not None and accept(data[:16]) is not True and not _accepts(accept, data):
+        accepted = accept is None or accept(data[:16])
+        if not accepted or isinstance(accepted, str):  # a string tells that the codec was not built in
             continue
         try:
             return factory(io.BytesIO(data), "")
@@ -112,15 +114,17 @@ def _open(data: bytes) -> Image.Image:
         except _HEADER_ERRORS as error:
             damaged = name, error
     if damaged is not None:
-        raise ImageError("truncated", f"the header of this {damaged[0]} is cut short or damaged: {damaged[1]}")
+        raise _failure(*damaged)
     if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
         raise ImageError("unsupported", "HEIC is not read; convert it to JPEG")
     raise ImageError("not_an_image", f"the first bytes are those of none of {', '.join(_FORMATS)}")
 
 
-def _accepts(accept: object, data: bytes) -> bool:
-    answer = accept(data[:16])  # type: ignore[operator]
-    return bool(answer) and not isinstance(answer, str)  # a string is the reason why a codec is not built in
+def _failure(name: str, error: Exception) -> ImageError:
+    # Pillow has one exception for what is damaged and for what it cannot read; only the text tells them apart.
+    if re.search(r"unsupported|unknown|cannot handle|not (supported|available)", str(error), re.IGNORECASE):
+        return ImageError("unsupported", f"a kind of {name} that is not read: {error}")
+    return ImageError("truncated", f"{name} is cut short or damaged: {error}")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -106,39 +106,29 @@ def read_image_bytes(row: Mapping[str, Any]) -> bytes:
 
 def _rows(config: IndexConfig) -> Iterator[dict[str, Any]]:
     with ThreadPoolExecutor(_READERS) as pool:
-        pending: collections.deque[Future[_Rows] | _Rows] = collections.deque()
+        pending: collections.deque[tuple[bool, Future[_Rows] | _Rows]] = collections.deque()
         try:
             for file in list_lake(config.lake):
                 if _matches(file.name, config.exclude):
                     continue
-                pending.append([_image_row(file)] if file.kind == "image" else pool.submit(_container_rows, file))
+                whole = not config.include or _matches(file.name, config.include)
+                if file.kind != "image":
+                    pending.append((whole, pool.submit(_container_rows, file)))
+                elif whole:
+                    pending.append((whole, [_image_row(file)]))
                 while len(pending) > _LOOKAHEAD:
-                    yield from _chosen(pending.popleft(), config)
+                    yield from _chosen(*pending.popleft(), config)
             while pending:
-                yield from _chosen(pending.popleft(), config)
+                yield from _chosen(*pending.popleft(), config)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _chosen(found: Future[_Rows] | _Rows, config: IndexConfig) -> Iterator[dict[str, Any]]:
-    rows = found.result() if isinstance(found, Future) else found
-    for row in rows:
+def _chosen(whole: bool, found: Future[_Rows] | _Rows, config: IndexConfig) -> Iterator[dict[str, Any]]:
+    for row in found.result() if isinstance(found, Future) else found:
         name = row["image_id"]
-        if _matches(name, config.exclude):
-            continue
-        if not config.include or _matches(name, config.include) or _matches(_container(row), config.include):
+        if not _matches(name, config.exclude) and (whole or _matches(name, config.include)):
             yield row
-
-
-def _container(row: Mapping[str, Any]) -> str:
-    """The part of an id that names the tar or parquet file; the id itself for an image file."""
-    name = row["image_id"]
-    file = row["uri"].rsplit("/", 1)[-1]
-    for separator in ("/", "#"):
-        start = name.find(f"{file}{separator}")
-        if start >= 0:
-            return name[: start + len(file)]
-    return name
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

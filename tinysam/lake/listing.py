@@ -82,7 +82,8 @@ def list_lake(url: str) -> Iterator[LakeFile]:
                 f"{redact_url(url)} is neither a folder nor an image, tar or parquet file. Lakes are: a folder or "
                 "bucket of images, tars (uncompressed) and parquet files with an image column."
             )
-        yield LakeFile(name=name, url=url_of(url, root), size=_size(info), kind=kind, sidecar=_lone_sidecar(fs, url))
+        sidecar = _lone_sidecar(fs, url, root) if kind == "image" else None
+        yield LakeFile(name=name, url=url_of(url, root), size=_size(info), kind=kind, sidecar=sidecar)
         return
     yield from _list_folder(fs, url, root, "")
 
@@ -91,7 +92,7 @@ def _list_folder(fs: fsspec.AbstractFileSystem, url: str, root: str, prefix: str
     folder = f"{root.rstrip('/')}/{prefix}".rstrip("/") or "/"
     with explained(url_of(url, folder)):
         entries = fs.ls(folder, detail=True)
-    listed = {}
+    listed: dict[str, tuple[str, Kind | None, dict[str, Any]]] = {}
     sidecars = {}
     for entry in entries:
         name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
@@ -100,23 +101,20 @@ def _list_folder(fs: fsspec.AbstractFileSystem, url: str, root: str, prefix: str
             continue
         if entry["type"] == "directory":
             if not _leads_back(entry):
-                listed[name + "/"] = entry
+                listed[name + "/"] = (name, None, entry)
             continue
         kind = kind_of(name)
         if kind is not None:
             # The key by which the ids of what is inside will sort: "a.tar/x.jpg", "a.parquet#7".
-            listed[name + {"tar": "/", "parquet": "#"}.get(kind, "")] = entry
+            listed[name + {"tar": "/", "parquet": "#"}.get(kind, "")] = (name, kind, entry)
         elif name.lower().endswith(".json"):
             sidecars[name.rsplit(".", 1)[0]] = url_of(url, entry["name"])
     del entries
     for key in sorted(listed):
-        entry = listed[key]
-        if entry["type"] == "directory":
+        name, kind, entry = listed[key]
+        if kind is None:
             yield from _list_folder(fs, url, root, prefix + key)
             continue
-        name = key.rstrip("/#") if key[-1] in "/#" else key
-        kind = kind_of(name)
-        assert kind is not None
         yield LakeFile(
             name=prefix + name,
             url=url_of(url, entry["name"]),
@@ -126,15 +124,14 @@ def _list_folder(fs: fsspec.AbstractFileSystem, url: str, root: str, prefix: str
         )
 
 
-def _lone_sidecar(fs: fsspec.AbstractFileSystem, url: str) -> str | None:
-    sidecar = url.rsplit(".", 1)[0] + ".json"
+def _lone_sidecar(fs: fsspec.AbstractFileSystem, url: str, path: str) -> str | None:
+    sidecar = path.rsplit(".", 1)[0] + ".json"
     try:
-        with explained(sidecar):
-            path = fs._strip_protocol(sidecar)
-            fs.info(path)
+        with explained(url_of(url, sidecar)):
+            fs.info(sidecar)
     except MissingError:
         return None
-    return url_of(url, path)
+    return url_of(url, sidecar)
 
 
 def _size(entry: dict[str, Any]) -> int:

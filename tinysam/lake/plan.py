@@ -13,10 +13,14 @@ import json
 from collections.abc import Sequence
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tinysam.lake import schema
-from tinysam.lake.filesystem import join, list_files
+from tinysam.lake.filesystem import join, list_files, write_once
+from tinysam.lake.parquet_file import open_parquet
 from tinysam.lake.shards import SHARDS_FOLDER
+
+INDEX_FILE = "index.parquet"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,9 +55,27 @@ def plan_shards(index: pa.Table, *, images_per_shard: int) -> list[Shard]:
     return shards
 
 
-def planned_index(plan: Sequence[Shard]) -> pa.Table:
-    """Puts the shards' rows back into one index, with ``shard_id`` set: what goes to ``<output>/index.parquet``."""
-    return pa.concat_tables([shard.rows for shard in plan]) if plan else schema.INDEX.empty_table()
+def write_index(output_url: str, plan: Sequence[Shard]) -> None:
+    """Writes ``<output_url>/index.parquet``: ``schema.INDEX`` of all shards, ``shard_id`` set.
+
+    Raises:
+        LakeError: If the storage refuses.
+    """
+    index = pa.concat_tables([shard.rows for shard in plan]) if plan else schema.INDEX.empty_table()
+    sink = pa.BufferOutputStream()
+    pq.write_table(index.combine_chunks(), sink, compression="zstd")
+    write_once(join(output_url, INDEX_FILE), sink.getvalue().to_pybytes())
+
+
+def read_index(output_url: str) -> pa.Table:
+    """Reads ``<output_url>/index.parquet`` back.
+
+    Raises:
+        LakeError: If it is missing or damaged.
+    """
+    remedy = "Delete it and run the job that wrote it again."
+    with open_parquet(join(output_url, INDEX_FILE), remedy=remedy, whole=True) as parquet:
+        return parquet.read()
 
 
 def todo(plan: Sequence[Shard], output_url: str) -> list[Shard]:

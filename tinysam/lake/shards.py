@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tinysam.lake.filesystem import LakeError, explained, join, open_filesystem, read_bytes, redact_url, write_once
+from tinysam.lake.filesystem import LakeError, join, redact_url, write_once
+from tinysam.lake.parquet_file import open_parquet
 
 SHARDS_FOLDER = "shards"
 """Folder of an output that holds its shards: ``<output>/shards/<shard_id>.parquet``."""
 
 ROW_GROUP_SIZE = 8
 _SUFFIX = ".parquet"
+_REMEDY = "Delete it and run the job again: it makes what is missing."
 _STATISTICS = ("image_id", "uri", "status")  # what queries filter by
 
 
@@ -70,18 +72,11 @@ def read_shard(url: str, columns: Sequence[str] | None = None) -> pa.Table:
         MissingError: If it is not there.
         ShardError: If it is not a whole parquet file, or lacks a column.
     """
-    try:
-        if columns is None:
-            return pq.read_table(pa.BufferReader(read_bytes(url)))
-        fs, path = open_filesystem(url)
-        with explained(url), fs.open(path, "rb") as file:
-            parquet = pq.ParquetFile(file)
-            missing = sorted(set(columns) - set(parquet.schema_arrow.names))
-            if missing:
-                raise ShardError(f"{redact_url(url)} has no column {', '.join(missing)}; another job wrote it.")
-            return parquet.read(columns=list(columns))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise _not_a_shard(url, error) from error
+    with open_parquet(url, remedy=_REMEDY, whole=columns is None, error_type=ShardError) as parquet:
+        missing = sorted(set(columns or ()) - set(parquet.schema_arrow.names))
+        if missing:
+            raise ShardError(f"{redact_url(url)} has no column {', '.join(missing)}: another job wrote it.")
+        return parquet.read(columns=None if columns is None else list(columns))
 
 
 def read_shard_metadata(url: str) -> dict[str, str]:
@@ -91,17 +86,6 @@ def read_shard_metadata(url: str) -> dict[str, str]:
         MissingError: If it is not there.
         ShardError: If it is not a whole parquet file.
     """
-    fs, path = open_filesystem(url)
-    try:
-        with explained(url), fs.open(path, "rb") as file:
-            metadata = pq.read_schema(file).metadata or {}
-    except pa.ArrowInvalid as error:
-        raise _not_a_shard(url, error) from error
-    return {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
-
-
-def _not_a_shard(url: str, error: Exception) -> ShardError:
-    return ShardError(
-        f"{redact_url(url)} is not a whole parquet file ({error}). Delete it and run the job again: it makes what is "
-        "missing."
-    )
+    with open_parquet(url, remedy=_REMEDY, error_type=ShardError) as parquet:
+        metadata = parquet.schema_arrow.metadata or {}
+    return {key.decode(): value.decode() for key, value in metadata.items()}
