@@ -30,7 +30,7 @@ from tinysam.lake.annotations import read_annotations
 from tinysam.lake.coco import CocoFile
 from tinysam.lake.filesystem import LakeError, join, list_files, read_bytes, write_once
 from tinysam.lake.images import ImageError, decode_image
-from tinysam.synthetic.sa1b import sidecar
+from tinysam.synthetic.sa1b import sidecar, write_instances
 from tinysam.synthetic.write import SceneSet, iter_write
 
 SHIPPABLE_LICENSES = frozenset({4, 5, 7, 8})
@@ -96,26 +96,6 @@ def convert_coco(
         folder = join(config.output, split_of(domain, name, config.val_share), domain)
         write_once(join(folder, f"{stem}.json"), sidecar(f"{stem}{extension}", int(entry["id"]), size, rles))
         write_once(join(folder, f"{stem}{extension}"), data)
-
-
-def write_instances(folder: str) -> None:
-    """Writes ``instances.json`` (COCO's form, one category) from the sidecars of a folder."""
-    images, annotations = [], []
-    for url in list_files(folder, "*.json"):
-        if url.endswith("/instances.json"):
-            continue
-        content = json.loads(read_bytes(url))
-        image = content["image"]
-        images.append({**{k: image[k] for k in ("file_name", "width", "height")}, "id": image["image_id"]})
-        annotations += [
-            {**record, "image_id": image["image_id"], "category_id": 1, "iscrowd": 0}
-            for record in content["annotations"]
-        ]
-    for number, record in enumerate(annotations, start=1):
-        record["id"] = number
-    categories = [{"id": 1, "name": "object"}]
-    coco = {"images": images, "annotations": annotations, "categories": categories}
-    write_once(join(folder, "instances.json"), json.dumps(coco).encode())
 
 
 def build(config: TrainingLake, console: Console) -> None:

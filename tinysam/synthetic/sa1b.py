@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from tinysam.lake.filesystem import join, list_files, read_bytes, write_once
 from tinysam.lake.rle import decode_rle, rle_area, rle_bbox
 
 
@@ -45,3 +46,32 @@ def sidecar(file_name: str, image_id: int, size: tuple[int, int], rles: Iterable
     annotations = [annotation(rle, image_id * 1000 + number) for number, rle in enumerate(rles, start=1)]
     image = {"image_id": image_id, "width": size[1], "height": size[0], "file_name": file_name}
     return json.dumps({"image": image, "annotations": annotations}).encode()
+
+
+def write_instances(folder: str) -> str:
+    """Writes ``instances.json`` in COCO's form, with one category, from the JSON files beside a folder's images.
+
+    Args:
+        folder: Folder or URL in SA-1B's layout, without folders in it.
+
+    Returns:
+        Where the file lies.
+
+    Raises:
+        LakeError: If the folder cannot be read or written.
+    """
+    target = join(folder, "instances.json")
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for url in list_files(folder, "*.json"):
+        if url.endswith("/instances.json"):
+            continue
+        content = json.loads(read_bytes(url))
+        image = content["image"]
+        images.append({**{key: image[key] for key in ("file_name", "width", "height")}, "id": image["image_id"]})
+        for record in content["annotations"]:
+            place = {"id": len(annotations) + 1, "image_id": image["image_id"], "category_id": 1, "iscrowd": 0}
+            annotations.append({**record, **place})
+    coco = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]}
+    write_once(target, json.dumps(coco).encode())
+    return target
