@@ -14,6 +14,8 @@ _RAY_SETTINGS = {
     # Ray's coming default, and without it each start prints a warning about the change.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray Data's actor pools always log an error about constructor arguments that is none (ray#53727).
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 for _name, _value in _RAY_SETTINGS.items():
     os.environ.setdefault(_name, _value)

@@ -109,6 +109,6 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = EXIT_INTERRUPTED
     except (JobError, LakeError, CheckpointError) as error:
         error_console.print("[bold red]error:[/]", end=" ")
-        error_console.print(str(error), markup=False, highlight=False)
+        error_console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         code = EXIT_ERROR
     sys.exit(code or EXIT_OK)

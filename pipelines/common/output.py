@@ -8,17 +8,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.result import JobResult
 from pipelines.common.shard_worker import COUNTS_KEY
-from tinysam.lake.filesystem import exists, explained, join, list_files, open_filesystem, write_once
+from tinysam.lake.filesystem import exists, explained, join, list_files, open_filesystem
 from tinysam.lake.index import build_index
-from tinysam.lake.plan import Shard, plan_shards, planned_index, todo
+from tinysam.lake.plan import INDEX_FILE, Shard, plan_shards, read_index, todo, write_index
 from tinysam.lake.run_record import RUN_FILE, RunRecord, check_same_run
-from tinysam.lake.shards import SHARDS_FOLDER, read_shard, read_shard_metadata
+from tinysam.lake.shards import SHARDS_FOLDER, read_shard_metadata
 
 METADATA_THREADS = 16
 """Footers of finished shards read at a time; each is one small request."""
@@ -29,7 +26,7 @@ class JobOutput:
 
     def __init__(self, job: str, config: ShardJobConfig, fingerprint: str) -> None:
         self._job, self._config, self._fingerprint = job, config, fingerprint
-        self._index_url = join(config.output, "index.parquet")
+        self._index_url = join(config.output, INDEX_FILE)
 
     def plan(self) -> list[Shard]:
         """The shards of this run: from the index of an earlier run that this one continues, else from the lake.
@@ -41,7 +38,7 @@ class JobOutput:
         if not self._config.overwrite:
             check_same_run(self._config.output, self._fingerprint)
             if exists(self._index_url):
-                index = read_shard(self._index_url)
+                index = read_index(self._config.output)
         if index is None:
             index = build_index(self._config.index_config())
         return plan_shards(index, images_per_shard=self._config.images_per_shard)
@@ -57,9 +54,7 @@ class JobOutput:
         if todo:
             self._write_record(JobResult(shards=len(plan), shards_before=len(plan) - len(todo)))
         if not exists(self._index_url):
-            sink = pa.BufferOutputStream()
-            pq.write_table(planned_index(plan), sink, compression="zstd")
-            write_once(self._index_url, sink.getvalue().to_pybytes())
+            write_index(self._config.output, plan)
 
     def end(self, result: JobResult) -> None:
         """Records what the run did; a run that found everything done leaves the record of the run that did it."""

@@ -21,7 +21,9 @@ def start_ray(address: str | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # The job shows its own progress and failures; that a Ray on this machine alone asks for a token is no news.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     options: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
     search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # set by `ray job submit`

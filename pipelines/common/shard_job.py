@@ -11,13 +11,16 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayError
 
+from pipelines.common.attempts import start_attempts
 from pipelines.common.cli import JobError, error_console
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.output import JobOutput
@@ -35,10 +38,6 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILED_SHARDS = 10
 """A run stops after so many failed shards, or after the first when none succeeded before it."""
-
-MAX_TASK_RETRIES = 5
-"""How often a shard is tried again after its worker or node died. An image that kills its process (out of memory, a
-crash in a decoder) must not occupy the cluster for ever."""
 
 STALL_SECONDS = 24 * 3600
 """How long a job waits without progress, for spot machines to come back. Ray's default gives up after 30 minutes."""
@@ -78,6 +77,8 @@ class ShardJob:
         result = JobResult(shards=len(plan), shards_before=len(plan) - len(todo))
         left = {shard.shard_id for shard in todo}
         result.counts += output.counts([shard for shard in plan if shard.shard_id not in left])
+        if todo:
+            start_ray(self.config.ray_address)
         start = time.monotonic()
         try:
             if todo:
@@ -110,14 +111,16 @@ class ShardJob:
         )
 
     def _run_shards(self, todo: Sequence[Shard], result: JobResult) -> None:
-        start_ray(self.config.ray_address)
         resources = plan_workers(self.config, len(todo))
         result.num_workers, result.device = resources.num_workers, resources.placement.device
-        missing = {shard.shard_id: shard for shard in todo}
+        shards = {shard.shard_id: shard for shard in todo}
         images = sum(shard.rows.num_rows for shard in todo)
-        with JobProgress(self.name, images, error_console) as progress:
-            for row in self._stream(todo, resources):
-                shard = missing.pop(row["shard_id"])
+        with (
+            JobProgress(self.name, images, error_console) as progress,
+            closing(self._stream(todo, resources)) as results,
+        ):
+            for row in results:
+                shard = shards[row["shard_id"]]
                 if row["failure"] is not None:
                     result.failures[shard.shard_id] = row["failure"]
                     if result.images == 0 or len(result.failures) >= MAX_FAILED_SHARDS:
@@ -129,29 +132,30 @@ class ShardJob:
                 result.bytes_read += row["bytes_read"]
                 result.time_split.update(json.loads(row["time_split"]))
                 progress.advance(shard.rows.num_rows, shard.rows.num_rows - counts[schema.OK])
-        for shard_id in missing:
-            result.failures[shard_id] = f"its worker died {MAX_TASK_RETRIES + 1} times: out of memory, or a crash"
 
-    def _stream(self, todo: Sequence[Shard], resources: WorkerResources) -> Iterator[dict[str, Any]]:
+    def _stream(self, todo: Sequence[Shard], resources: WorkerResources) -> Generator[dict[str, Any]]:
         """Result rows (``shard_worker.RESULT``) in the order in which shards finish."""
         context = DataContext.get_current()
         context.target_max_block_size = None  # one shard, one block, one task
         context.enable_progress_bars = False
         context.execution_options.preserve_order = False
         context.execution_no_progress_timeout_s = STALL_SECONDS
-        context.max_errored_blocks = -1  # accounted for by the shards that are missing at the end
         results = ray.data.from_arrow([shard.rows for shard in todo]).map_batches(
             ShardActor,
             batch_size=None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=resources.num_workers, max_tasks_in_flight_per_actor=1),
-            fn_constructor_args=(self.make_worker, resources.placement, self.config.output),
+            fn_constructor_args=(self.make_worker, resources.placement, self.config.output, start_attempts()),
             num_cpus=resources.placement.num_cpus,
             num_gpus=resources.num_gpus,
-            max_task_retries=MAX_TASK_RETRIES,
         )
-        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            yield from batch.to_pylist()
+        try:
+            for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                yield from batch.to_pylist()
+        except RayError as error:
+            lines = str(error).strip().splitlines()
+            reason = lines[0] if len(lines) < 2 else f"{lines[0]} … {lines[-1]}"
+            raise JobError(f"Ray stopped the job; the same command goes on from here. {reason}") from error
 
 
 def _explain_failures(result: JobResult) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pyarrow as pa
+import ray
 
+from pipelines.common.attempts import MAX_ATTEMPTS
 from pipelines.common.timing import StageClock
 from tinysam.lake import schema
 from tinysam.lake.filesystem import join
@@ -26,11 +29,10 @@ COUNTS_KEY = "counts"
 RESULT = pa.schema(
     [
         pa.field("shard_id", pa.string()),
+        pa.field("bytes_read", pa.int64()),
+        pa.field("failure", pa.string()),  # why the shard was not written; null where it was, and the rest is there
         pa.field("counts", pa.string()),  # JSON, images by status
         pa.field("time_split", pa.string()),  # JSON, seconds by stage
-        pa.field("bytes_read", pa.int64()),
-        pa.field("seconds", pa.float64()),
-        pa.field("failure", pa.string()),  # why the shard was not written; null where it was
     ]
 )
 """What comes back to the driver from one shard."""
@@ -76,52 +78,61 @@ class ShardWorker(ABC):
 class ShardActor:
     """The callable that Ray Data keeps alive in each worker: rows of a shard in, ``RESULT`` row out."""
 
-    def __init__(self, make_worker: Callable[[Placement], ShardWorker], placement: Placement, output: str) -> None:
-        self._make_worker, self._placement, self._output = make_worker, placement, output
+    def __init__(
+        self,
+        make_worker: Callable[[Placement], ShardWorker],
+        placement: Placement,
+        output: str,
+        attempts: ray.actor.ActorHandle,
+    ) -> None:
+        self._make_worker, self._placement, self._output, self._attempts = make_worker, placement, output, attempts
         self._worker: ShardWorker | None = None
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         shard_id = rows["shard_id"][0].as_py()
-        start = time.perf_counter()
-        counts: dict[str, int] = {}
-        split: dict[str, float] = {}
-        failure = None
+        result: dict[str, Any] = {
+            "shard_id": shard_id,
+            "bytes_read": sum(size for size in rows["size"].to_pylist() if size > 0),
+        }
         try:
-            worker = self._ready_worker()
-            table = worker.process(rows)
-            counts = dict(sorted(Counter(table["status"].to_pylist()).items()))
-            with worker.clock.stage("write"):
-                metadata = {
-                    "schema_version": str(schema.SCHEMA_VERSION),
-                    COUNTS_KEY: json.dumps(counts),
-                    **worker.metadata(),
-                }
-                write_shard(join(self._output, SHARDS_FOLDER), shard_id, table, metadata)
-            split = worker.clock.take()
+            if ray.get(self._attempts.begin.remote(shard_id)) > MAX_ATTEMPTS:
+                result["failure"] = (
+                    f"its worker died {MAX_ATTEMPTS} times: out of memory (fewer workers, a smaller --batch-size or "
+                    "more --num-cpus-per-worker leave more for each), or an image that crashes the decoder"
+                )
+            else:
+                counts, split = self._run(shard_id, rows)
+                result |= {"counts": json.dumps(counts), "time_split": json.dumps(split)}
         except Exception as error:
             # The boundary of the worker: the driver reports the failure, and the other shards go on.
             logger.exception("shard %s failed", shard_id)
-            failure = f"{type(error).__name__}: {error}"
-        return pa.Table.from_pylist(
-            [
-                {
-                    "shard_id": shard_id,
-                    "counts": json.dumps(counts),
-                    "time_split": json.dumps(split),
-                    "bytes_read": sum(size for size in rows["size"].to_pylist() if size > 0),
-                    "seconds": time.perf_counter() - start,
-                    "failure": failure,
-                }
-            ],
-            schema=RESULT,
-        )
+            result["failure"] = f"{type(error).__name__}: {error}"
+        return pa.Table.from_pylist([result], schema=RESULT)
 
-    def _ready_worker(self) -> ShardWorker:
-        # Not in __init__: a model that cannot be loaded would make Ray restart the actor for ever.
+    def _run(self, shard_id: str, rows: pa.Table) -> tuple[dict[str, int], dict[str, float]]:
+        start = time.perf_counter()
+        loading = {}
         if self._worker is None:
-            import torch
-
-            # Sums depend on how many threads share them, and Ray's own choice depends on the machine.
-            torch.set_num_threads(self._placement.num_cpus)
+            # Not in __init__: a model that cannot be loaded would make Ray restart the actor for ever.
             self._worker = self._make_worker(self._placement)
-        return self._worker
+            loading = {"load": time.perf_counter() - start}
+            self._fix_threads()
+        worker = self._worker
+        table = worker.process(rows)
+        if not table.schema.equals(worker.schema) or table.num_rows != rows.num_rows:
+            raise TypeError(f"{type(worker).__name__}.process must return one row of its schema for each image")
+        counts = dict(sorted(Counter(table["status"].to_pylist()).items()))
+        metadata = {
+            "schema_version": str(schema.SCHEMA_VERSION),
+            COUNTS_KEY: json.dumps(counts),
+            **worker.metadata(),
+        }
+        with worker.clock.stage("write"):
+            write_shard(join(self._output, SHARDS_FOLDER), shard_id, table, metadata)
+        return counts, loading | worker.clock.take()
+
+    def _fix_threads(self) -> None:
+        # Sums depend on how many threads share them, and Ray's own choice depends on the machine. A job without a
+        # model need not load torch for it.
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(self._placement.num_cpus)
