@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
-_S3_SCHEMES = ("s3", "s3a")
+_S3_SCHEMES = ("s3://", "s3a://")
+_BUCKET_SCHEMES = (*_S3_SCHEMES, "gs://", "gcs://")
 _DRIVERS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs")
 _SINGLE_PUT_BYTES = 1 << 30  # s3fs splits what is larger than twice its chunk size into several requests
 
@@ -31,6 +32,10 @@ class LakeError(Exception):
 
 class MissingError(LakeError):
     """The file, folder or bucket is not there."""
+
+
+class ShortReadError(LakeError):
+    """The file ends before the bytes that were asked for."""
 
 
 def is_local(url: str) -> bool:
@@ -64,14 +69,13 @@ def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     if is_local(url):
         return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
-    scheme = url.split("://", 1)[0].lower()
     with explained(url):
-        if scheme in _S3_SCHEMES:
+        if url.startswith(_S3_SCHEMES):
             # s3fs keeps its sessions for ever; the environment as key makes corrected credentials take effect.
             environment = tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
             fs = _s3_filesystem(os.getpid(), environment)
         else:
-            fs = fsspec.filesystem(scheme, use_listings_cache=False)
+            fs = fsspec.filesystem(url.split("://", 1)[0], use_listings_cache=False)
         return fs, fs._strip_protocol(url)
 
 
@@ -79,7 +83,13 @@ def open_filesystem(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def _s3_filesystem(pid: int, environment: tuple[tuple[str, str], ...]) -> fsspec.AbstractFileSystem:
     variables = dict(environment)
     endpoint = variables.get("AWS_ENDPOINT_URL_S3") or variables.get("AWS_ENDPOINT_URL") or None
-    return fsspec.filesystem("s3", endpoint_url=endpoint, use_listings_cache=False, skip_instance_cache=True)
+    # Stores other than AWS refuse botocore's extra checksums on uploads, or answer a range read with the checksum of
+    # the whole object, which then fails to match.
+    checksums = ("request_checksum_calculation", "response_checksum_validation") if endpoint else ()
+    config = {name: "when_required" for name in checksums if f"AWS_{name.upper()}" not in variables}
+    return fsspec.filesystem(
+        "s3", endpoint_url=endpoint, config_kwargs=config, use_listings_cache=False, skip_instance_cache=True
+    )
 
 
 def arrow_filesystem(fs: fsspec.AbstractFileSystem) -> pyarrow.fs.FileSystem:
@@ -101,7 +111,8 @@ def read_bytes(url: str, offset: int = 0, size: int = -1) -> bytes:
 
     Raises:
         MissingError: If the file is not there.
-        LakeError: If it cannot be read, or ends before ``offset + size``.
+        ShortReadError: If it ends before ``offset + size``.
+        LakeError: If it cannot be read.
     """
     fs, path = open_filesystem(url)
     if size == 0:
@@ -111,11 +122,15 @@ def read_bytes(url: str, offset: int = 0, size: int = -1) -> bytes:
             return fs.cat_file(path)
         data = fs.cat_file(path, start=offset, end=offset + size if size >= 0 else None)
     if size >= 0 and len(data) != size:
-        raise LakeError(
-            f"{redact_url(url)} ends before byte {offset + size}: it is cut short, or has changed since it was "
-            "indexed. Restore it, or index the lake again."
-        )
+        raise _short_read(url)
     return data
+
+
+def _short_read(url: str) -> ShortReadError:
+    return ShortReadError(
+        f"{redact_url(url)} is shorter than it was when it was indexed: it is cut short, or has changed. Restore it, "
+        "or index the lake again."
+    )
 
 
 def write_once(url: str, data: bytes) -> None:
@@ -130,7 +145,7 @@ def write_once(url: str, data: bytes) -> None:
     with explained(url, writing=True):
         if isinstance(fs, LocalFileSystem):
             _write_local(Path(path), data)
-        elif url.lower().startswith(tuple(f"{scheme}://" for scheme in _S3_SCHEMES)):
+        elif url.startswith(_S3_SCHEMES):
             fs.pipe_file(path, data, chunksize=_SINGLE_PUT_BYTES // 2)
         else:
             fs.makedirs(fs._parent(path), exist_ok=True)
@@ -216,8 +231,8 @@ def _is_storage_error(error: Exception) -> bool:
 def _explain(url: str, error: BaseException, writing: bool) -> LakeError:
     shown = redact_url(url)
     if isinstance(error, FileNotFoundError):
-        if not is_local(url) and "bucket" in str(error).lower():
-            bucket = url.split("://", 1)[-1].split("/", 1)[0]
+        bucket, _, key = url.split("://", 1)[-1].partition("/")
+        if url.startswith(_BUCKET_SCHEMES) and (not key.strip("/") or "bucket" in str(error).lower()):
             return MissingError(
                 f"{shown}: there is no bucket {bucket!r}. Check its name and AWS_ENDPOINT_URL, or create the bucket."
             )
@@ -239,10 +254,14 @@ def _explain(url: str, error: BaseException, writing: bool) -> LakeError:
     if isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError):
         return LakeError(f"{shown}: a file stands where a folder is needed, or the reverse. Use another path.")
     if isinstance(error, ImportError):
-        return LakeError(f"{shown}: the driver for this kind of storage is not installed: {error}")
+        return LakeError(f"{shown}: the driver for this kind of storage is not installed. {error}.")
     if isinstance(error, ValueError) and "rotocol" in str(error):
         scheme = url.split("://", 1)[0]
         return LakeError(f"{shown}: unknown scheme {scheme!r}. Use a path, file://, s3:// or gs://.")
     if name in ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"):
         return LakeError(f"{shown}: the storage cannot be reached. Check the network and AWS_ENDPOINT_URL.")
+    if "InvalidRange" in str(error):
+        return _short_read(url)
+    if isinstance(error, ValueError) and "endpoint" in str(error):
+        return LakeError(f"{shown}: {error}. AWS_ENDPOINT_URL needs a scheme, as in https://minio.example.org:9000.")
     return LakeError(f"{shown}: {name}: {error}")

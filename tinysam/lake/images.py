@@ -76,8 +76,8 @@ def decode_image(data: bytes, *, max_pixels: int = 200_000_000) -> np.ndarray:
     if width * height > max_pixels:
         raise ImageError("too_large", f"{width} x {height} pixels are more than max_pixels = {max_pixels}")
     try:
-        orientation = _orientation(image)
         image.load()
+        orientation = _orientation(image)  # after load(), which turns a TIFF by itself and drops its tag
         rgb = _to_rgb(image)
         if orientation in _TRANSPOSE:
             rgb = rgb.transpose(_TRANSPOSE[orientation])

@@ -15,9 +15,9 @@ import pyarrow as pa
 from tinysam.lake import schema
 from tinysam.lake.coco import CocoFile
 from tinysam.lake.containers import parquet_rows, read_parquet_image, tar_rows
-from tinysam.lake.filesystem import LakeError, MissingError, is_local, read_bytes, redact_url
+from tinysam.lake.filesystem import LakeError, MissingError, ShortReadError, is_local, read_bytes, redact_url
 from tinysam.lake.images import ImageError
-from tinysam.lake.listing import LakeFile, list_lake
+from tinysam.lake.listing import LakeFile, kind_of, list_lake
 
 _READERS = 16  # containers opened at a time: object storage takes tens of milliseconds for each request
 _LOOKAHEAD = 64
@@ -93,11 +93,13 @@ def read_image_bytes(row: Mapping[str, Any]) -> bytes:
     """
     uri, offset, size = row["uri"], row["offset"], row["size"]
     try:
-        if uri.lower().endswith(".parquet"):
+        if kind_of(uri) == "parquet":
             return read_parquet_image(uri, offset)
-        return read_bytes(uri, offset, size)
+        return read_bytes(uri, offset, size) if kind_of(uri) == "tar" else read_bytes(uri)
     except MissingError as error:
         raise ImageError("missing", f"{redact_url(uri)} is gone since the lake was indexed") from error
+    except ShortReadError as error:
+        raise ImageError("truncated", str(error)) from error
     except LakeError as error:
         if is_local(uri):
             raise ImageError("unreadable", str(error)) from error

@@ -99,12 +99,13 @@ def _list_folder(fs: fsspec.AbstractFileSystem, url: str, root: str, prefix: str
         # Object stores list a folder's own marker object among its contents.
         if entry["name"].rstrip("/") == folder.rstrip("/") or is_hidden(name) or not _encodable(prefix + name):
             continue
-        if entry["type"] == "directory":
-            if not _leads_back(entry):
-                listed[name + "/"] = (name, None, entry)
-            continue
+        entry_type = _type_behind(entry)
         kind = kind_of(name)
-        if kind is not None:
+        if entry_type == "directory":
+            listed[name + "/"] = (name, None, entry)
+        elif entry_type != "file":
+            continue
+        elif kind is not None:
             # The key by which the ids of what is inside will sort: "a.tar/x.jpg", "a.parquet#7".
             listed[name + {"tar": "/", "parquet": "#"}.get(kind, "")] = (name, kind, entry)
         elif name.lower().endswith(".json"):
@@ -148,9 +149,14 @@ def _encodable(name: str) -> bool:
     return True
 
 
-def _leads_back(entry: dict[str, Any]) -> bool:
-    """Tells whether a local entry is a link to a folder that it lies in, which would be listed without end."""
+def _type_behind(entry: dict[str, Any]) -> str:
+    """Tells what an entry is, links of a local disk followed; ``other`` for what is not to be opened."""
     if not entry.get("islink"):
-        return False
+        return entry["type"]
     path = Path(entry["name"])
-    return path.resolve() in (path.parent.resolve(), *path.parent.resolve().parents)
+    if path.is_file():
+        return "file"
+    # A link to a folder that it lies in would be listed without end.
+    folder = path.parent.resolve()
+    leads_back = path.is_dir() and path.resolve() in (folder, *folder.parents)
+    return "directory" if path.is_dir() and not leads_back else "other"
