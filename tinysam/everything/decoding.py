@@ -1,0 +1,82 @@
+"""From an image and points to low-resolution mask logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from segment_anything.modeling import Sam
+
+from tinysam.predictor import ResizeLongestSide
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImage:
+    """What the decoder needs of an image or a crop of one."""
+
+    embedding: torch.Tensor
+    """(1, C, h, w)."""
+
+    size: tuple[int, int]
+    """(height, width) of the pixels it was made from."""
+
+    input_size: tuple[int, int]
+    """(height, width) after resizing and before padding."""
+
+
+@torch.no_grad()
+def encode(sam: Sam, images: Sequence[np.ndarray]) -> list[EncodedImage]:
+    """Embeds (H, W, 3) uint8 images, of any sizes, in one batch.
+
+    Raises:
+        FloatingPointError: an embedding is not finite, as happens with damaged weights.
+    """
+    transform = ResizeLongestSide(sam.image_encoder.img_size)
+    resized = [torch.from_numpy(transform.apply_image(image)).permute(2, 0, 1).to(sam.device) for image in images]
+    embeddings = sam.image_encoder(torch.stack([sam.preprocess(image) for image in resized]))
+    if not torch.isfinite(embeddings).all():
+        raise FloatingPointError("the image embedding holds NaN or infinity: the checkpoint's encoder is damaged")
+    return [
+        EncodedImage(embedding=embedding[None], size=image.shape[:2], input_size=(small.shape[1], small.shape[2]))
+        for embedding, image, small in zip(embeddings, images, resized, strict=True)
+    ]
+
+
+@torch.no_grad()
+def embed_points(sam: Sam, encoded: EncodedImage, points: np.ndarray) -> torch.Tensor:
+    """The prompt encoder's tokens (B, 2, C) of (B, 2) points, each a foreground click of its own, in image pixels."""
+    coords = ResizeLongestSide(sam.image_encoder.img_size).apply_coords(points, encoded.size)
+    coords = torch.as_tensor(coords, device=sam.device)[:, None]
+    labels = torch.ones(coords.shape[:2], dtype=torch.int, device=sam.device)
+    sparse, _ = sam.prompt_encoder(points=(coords, labels), boxes=None, masks=None)
+    return sparse
+
+
+@torch.no_grad()
+def decode(sam: Sam, encoded: EncodedImage, sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decodes prompts by the model's own mask decoder.
+
+    Args:
+        sparse: (B, T, C) prompt tokens.
+
+    Returns:
+        low-resolution logits (B, 3, S, S) and predicted IoU (B, 3).
+
+    Raises:
+        FloatingPointError: a predicted IoU is not finite, as happens with damaged weights.
+    """
+    size = sam.prompt_encoder.image_embedding_size
+    logits, predicted_iou = sam.mask_decoder(
+        image_embeddings=encoded.embedding,
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(
+            len(sparse), -1, *size
+        ),
+        multimask_output=True,
+    )
+    if not torch.isfinite(predicted_iou).all():
+        raise FloatingPointError("the predicted IoU is NaN or infinite: the checkpoint's mask decoder is damaged")
+    return logits, predicted_iou

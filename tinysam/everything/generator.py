@@ -1,0 +1,209 @@
+"""SamAutomaticMaskGenerator: every object of an image, by prompting a grid of points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike
+from segment_anything.modeling import Sam
+
+from tinysam.everything.candidates import Candidates
+from tinysam.everything.config import MaskGeneratorConfig, OutputMode
+from tinysam.everything.decoding import EncodedImage, decode, embed_points, encode
+from tinysam.everything.grids import crops_of, layer_grids
+from tinysam.everything.mask_pass import MaskFrame, measure, probe
+from tinysam.everything.nms import suppress_by_crop, suppress_by_quality, touches_crop_edge
+from tinysam.everything.run_lengths import to_segmentation
+from tinysam.everything.small_regions import remove_small_regions
+from tinysam.predictor import check_image
+
+Pixels = tuple[np.ndarray, np.ndarray]
+NO_PIXELS: Pixels = (np.zeros(0, np.intp), np.zeros(0, np.intp))
+
+
+class SamAutomaticMaskGenerator:
+    """Segments everything in an image, with segment-anything's options, defaults and records.
+
+    The one difference in results: a mask without a pixel is never returned, whatever the thresholds.
+    """
+
+    __slots__ = ("config", "model", "point_grids")
+    config: MaskGeneratorConfig
+
+    def __init__(
+        self,
+        model: Sam,
+        points_per_side: int | None = 32,
+        points_per_batch: int = 64,
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        stability_score_offset: float = 1.0,
+        box_nms_thresh: float = 0.7,
+        crop_n_layers: int = 0,
+        crop_nms_thresh: float = 0.7,
+        crop_overlap_ratio: float = 512 / 1500,
+        crop_n_points_downscale_factor: int = 1,
+        point_grids: Sequence[ArrayLike] | None = None,
+        min_mask_region_area: int = 0,
+        output_mode: OutputMode = "binary_mask",
+    ) -> None:
+        """
+        Args:
+            model: any Sam, on any device.
+            point_grids: instead of ``points_per_side``: for each crop layer, (N, 2) points (x, y) in 0..1.
+
+        ``MaskGeneratorConfig`` describes the other options.
+
+        Raises:
+            ValueError: an option out of its range, or both or neither of ``points_per_side`` and ``point_grids``.
+        """
+        config = MaskGeneratorConfig(
+            points_per_side=points_per_side,
+            points_per_batch=points_per_batch,
+            pred_iou_thresh=pred_iou_thresh,
+            stability_score_thresh=stability_score_thresh,
+            stability_score_offset=stability_score_offset,
+            box_nms_thresh=box_nms_thresh,
+            crop_n_layers=crop_n_layers,
+            crop_nms_thresh=crop_nms_thresh,
+            crop_overlap_ratio=crop_overlap_ratio,
+            crop_n_points_downscale_factor=crop_n_points_downscale_factor,
+            min_mask_region_area=min_mask_region_area,
+            output_mode=output_mode,
+        )
+        self._setup(model, config, point_grids)
+
+    def _setup(self, model: Sam, config: MaskGeneratorConfig, point_grids: Sequence[ArrayLike] | None) -> None:
+        self.model = model
+        self.config = config
+        self.point_grids = layer_grids(config, point_grids)
+
+    @classmethod
+    def from_config(cls, model: Sam, config: MaskGeneratorConfig) -> Self:
+        """A generator with the options of ``config``, which must be of the kind that this class takes."""
+        return cls(model, **asdict(config))
+
+    def generate(self, image: np.ndarray) -> list[dict[str, Any]]:
+        """Segments one image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+
+        Returns:
+            One record a mask, those of higher quality first:
+
+            * ``segmentation``: as ``output_mode`` says.
+            * ``area``: int, pixels.
+            * ``bbox``: XYWH of the first and last column and row, so that a single pixel has width 0.
+            * ``predicted_iou``: float, not confined to 0..1.
+            * ``point_coords``: ``[[x, y]]``, the prompt.
+            * ``stability_score``: float, 0..1.
+            * ``crop_box``: XYWH of the crop that the mask was found in.
+
+        Raises:
+            TypeError, ValueError: it is not such an image.
+            FloatingPointError: the model's weights produce NaN or infinity.
+        """
+        return self.generate_batch([image])[0]
+
+    def generate_batch(self, images: Sequence[np.ndarray], encoder_batch_size: int = 1) -> list[list[dict[str, Any]]]:
+        """Segments images of any sizes; their records, in order.
+
+        Args:
+            images: as for ``generate``.
+            encoder_batch_size: images or crops that are embedded together; more than one pays on a GPU only.
+        """
+        images = [check_image(image) for image in images]
+        config = self.config
+        work = [
+            (index, crop)
+            for index, image in enumerate(images)
+            for crop in crops_of(image.shape[:2], config.crop_n_layers, config.crop_overlap_ratio)
+            if len(self.point_grids[crop.layer])
+        ]
+        found: list[list[Candidates]] = [[] for _ in images]
+        for start in range(0, len(work), encoder_batch_size):
+            batch = work[start : start + encoder_batch_size]
+            pixels = [images[index][crop.y0 : crop.y1, crop.x0 : crop.x1] for index, crop in batch]
+            for (index, crop), encoded in zip(batch, encode(self.model, pixels), strict=True):
+                frame = MaskFrame(
+                    crop=crop,
+                    image_size=images[index].shape[:2],
+                    input_size=encoded.input_size,
+                    model_size=self.model.image_encoder.img_size,
+                )
+                candidates = self._segment(encoded, frame, self.point_grids[crop.layer])
+                found[index].append(suppress_by_quality(candidates, config.box_nms_thresh))
+        return [self._finish(parts, image.shape[:2]) for parts, image in zip(found, images, strict=True)]
+
+    def _segment(self, encoded: EncodedImage, frame: MaskFrame, grid: np.ndarray) -> Candidates:
+        """All masks of one crop that pass the filters, duplicates included."""
+        return self._segment_points(encoded, frame, grid * encoded.size[::-1])[0]
+
+    def _segment_points(
+        self, encoded: EncodedImage, frame: MaskFrame, points: np.ndarray, probed: Pixels = NO_PIXELS
+    ) -> tuple[Candidates, np.ndarray]:
+        """The masks of ``points`` (N, 2), in pixels of the crop, that pass the filters.
+
+        Returns:
+            the masks, and (P,) the highest logit that any of them has at each of the crop's ``probed`` pixels.
+        """
+        config, threshold = self.config, self.model.mask_threshold
+        parts, highest = [], np.full(len(probed[0]), -np.inf, np.float32)
+        for start in range(0, len(points), config.points_per_batch):
+            batch = points[start : start + config.points_per_batch]
+            logits, predicted_iou = decode(self.model, encoded, embed_points(self.model, encoded, batch))
+            good = predicted_iou > config.pred_iou_thresh if config.pred_iou_thresh > 0 else predicted_iou > -np.inf
+            prompt = good.nonzero()[:, 0].cpu().numpy()
+            logits = logits[good]
+            measured = measure(logits, frame, threshold, config.stability_score_offset)
+            kept = (measured.areas > 0) & ~touches_crop_edge(measured.boxes, frame.crop, frame.image_size)
+            if config.stability_score_thresh > 0:
+                kept &= measured.stability_score >= config.stability_score_thresh
+            candidates = Candidates(
+                run_lengths=measured.run_lengths,
+                boxes=measured.boxes,
+                areas=measured.areas,
+                predicted_iou=predicted_iou[good].cpu().numpy(),
+                stability_score=measured.stability_score,
+                points=batch[prompt] + (frame.crop.x0, frame.crop.y0),
+                crop_boxes=np.tile(frame.crop.box, (len(prompt), 1)),
+            )
+            parts.append(candidates.select(kept))
+            if len(highest) and kept.any():
+                highest = np.maximum(highest, probe(logits[kept], frame, *probed).max(0))
+        return Candidates.concatenate(parts), highest
+
+    def _finish(self, parts: list[Candidates], image_size: tuple[int, int]) -> list[dict[str, Any]]:
+        """Merges the crops' masks into records."""
+        config = self.config
+        candidates = Candidates.concatenate(parts)
+        if config.crop_n_layers:
+            candidates = suppress_by_crop(candidates, config.crop_nms_thresh)
+        if config.min_mask_region_area:
+            candidates = remove_small_regions(
+                candidates,
+                image_size,
+                config.min_mask_region_area,
+                max(config.box_nms_thresh, config.crop_nms_thresh),
+            )
+        return [
+            {
+                "segmentation": to_segmentation(candidates.run_lengths[i], image_size, config.output_mode),
+                "area": int(candidates.areas[i]),
+                "bbox": _to_xywh(candidates.boxes[i]),
+                "predicted_iou": float(candidates.predicted_iou[i]),
+                "point_coords": [candidates.points[i].tolist()],
+                "stability_score": float(candidates.stability_score[i]),
+                "crop_box": _to_xywh(candidates.crop_boxes[i]),
+            }
+            for i in range(len(candidates))
+        ]
+
+
+def _to_xywh(box: np.ndarray) -> list[int]:
+    x0, y0, x1, y1 = box.tolist()
+    return [x0, y0, x1 - x0, y1 - y0]

@@ -1,0 +1,84 @@
+"""SamHierarchicalMaskGenerator: TinySAM's everything mode, a coarse grid first and a dense one where needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+from segment_anything.modeling import Sam
+
+from tinysam.everything.candidates import Candidates
+from tinysam.everything.config import HierarchicalConfig, OutputMode
+from tinysam.everything.decoding import EncodedImage
+from tinysam.everything.generator import SamAutomaticMaskGenerator
+from tinysam.everything.grids import coarse_grid, pixels_of
+from tinysam.everything.mask_pass import MaskFrame
+
+
+class SamHierarchicalMaskGenerator(SamAutomaticMaskGenerator):
+    """Segments everything in an image in two rounds (TinySAM, arXiv 2312.13789, section 3.3).
+
+    The first round prompts a coarse grid. The second prompts the points of the dense grid that no mask kept by the
+    first round covers confidently. Both rounds' masks are then merged by one suppression. Crops are segmented each in
+    two rounds of their own.
+    """
+
+    __slots__ = ()
+    config: HierarchicalConfig
+
+    def __init__(
+        self,
+        model: Sam,
+        points_per_side: int | None = 32,
+        points_per_batch: int = 64,
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        stability_score_offset: float = 1.0,
+        box_nms_thresh: float = 0.7,
+        crop_n_layers: int = 0,
+        crop_nms_thresh: float = 0.7,
+        crop_overlap_ratio: float = 512 / 1500,
+        crop_n_points_downscale_factor: int = 1,
+        point_grids: Sequence[ArrayLike] | None = None,
+        min_mask_region_area: int = 0,
+        output_mode: OutputMode = "binary_mask",
+        coarse_ratio: float = 4,
+        high_score_thresh: float = 8.5,
+    ) -> None:
+        """
+        Args:
+            model: any Sam, on any device.
+            point_grids: instead of ``points_per_side``: for each crop layer, the second round's (N, 2) points (x, y)
+                in 0..1. The first round's grid is regular, with about N / coarse_ratio**2 points.
+
+        ``HierarchicalConfig`` describes the other options.
+
+        Raises:
+            ValueError: an option out of its range, or both or neither of ``points_per_side`` and ``point_grids``.
+        """
+        config = HierarchicalConfig(
+            points_per_side=points_per_side,
+            points_per_batch=points_per_batch,
+            pred_iou_thresh=pred_iou_thresh,
+            stability_score_thresh=stability_score_thresh,
+            stability_score_offset=stability_score_offset,
+            box_nms_thresh=box_nms_thresh,
+            crop_n_layers=crop_n_layers,
+            crop_nms_thresh=crop_nms_thresh,
+            crop_overlap_ratio=crop_overlap_ratio,
+            crop_n_points_downscale_factor=crop_n_points_downscale_factor,
+            min_mask_region_area=min_mask_region_area,
+            output_mode=output_mode,
+            coarse_ratio=coarse_ratio,
+            high_score_thresh=high_score_thresh,
+        )
+        self._setup(model, config, point_grids)
+
+    def _segment(self, encoded: EncodedImage, frame: MaskFrame, grid: np.ndarray) -> Candidates:
+        scale = encoded.size[::-1]
+        dense = grid * scale
+        coarse = coarse_grid(grid, self.config.coarse_ratio) * scale
+        first, logits = self._segment_points(encoded, frame, coarse, probed=pixels_of(dense, encoded.size))
+        second, _ = self._segment_points(encoded, frame, dense[logits <= self.config.high_score_thresh])
+        return Candidates.concatenate([first, second])
