@@ -124,16 +124,12 @@ _DEMO_WINDOWS = (8, 8, 16, 8)
 CONFIGS: dict[str, SamConfig] = {
     "vit_t": SamConfig(),
     "vit_b": SamConfig(encoder=ViTConfig()),
-    "vit_l": SamConfig(
-        encoder=ViTConfig(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))
-    ),
-    "vit_h": SamConfig(
-        encoder=ViTConfig(embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))
-    ),
+    "vit_l": SamConfig(encoder=ViTConfig(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))),
+    "vit_h": SamConfig(encoder=ViTConfig(embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))),
     "demo_teacher": SamConfig(
         image_size=512,
         encoder=TinyViTConfig(
-            embed_dims=(40, 80, 160, 240), depths=(2, 2, 6, 2), num_heads=(1, 2, 5, 8), window_sizes=_DEMO_WINDOWS
+            embed_dims=(32, 64, 128, 192), depths=(1, 2, 6, 2), num_heads=(1, 2, 4, 6), window_sizes=_DEMO_WINDOWS
         ),
         prompt_embed_dim=128,
         decoder_mlp_dim=512,
@@ -141,7 +137,7 @@ CONFIGS: dict[str, SamConfig] = {
     "demo_student": SamConfig(
         image_size=512,
         encoder=TinyViTConfig(
-            embed_dims=(24, 48, 96, 160), depths=(1, 2, 4, 2), num_heads=(1, 2, 3, 5), window_sizes=_DEMO_WINDOWS
+            embed_dims=(24, 48, 96, 128), depths=(1, 1, 4, 2), num_heads=(1, 2, 3, 4), window_sizes=_DEMO_WINDOWS
         ),
         prompt_embed_dim=128,
         decoder_mlp_dim=512,
