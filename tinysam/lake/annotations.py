@@ -202,7 +202,7 @@ def _check_polygon(polygon: Any, height: int, width: int) -> list[float]:
 
 def _check_rle(rle: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
     size, counts = rle.get("size"), rle.get("counts")
-    if not isinstance(size, list) or [int(side) for side in size] != [height, width]:
+    if size != [height, width]:
         raise ImageError("bad_annotations", f"a mask is of size {size}, the image of size {[height, width]}")
     try:
         runs = np.asarray(counts, dtype=np.int64) if isinstance(counts, list) else run_lengths(counts or "")

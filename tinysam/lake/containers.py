@@ -58,6 +58,10 @@ def tar_rows(file: LakeFile) -> list[dict[str, Any]]:
                     images[name] = (member.offset_data, member.size)
                 elif name.lower().endswith(".json"):
                     sidecars[name.rsplit(".", 1)[0]] = (member.offset_data, member.size)
+            # The module takes a damaged header for the end, and would lose what follows without a word.
+            stream.seek(tar.offset)
+            if any(stream.read(tarfile.BLOCKSIZE)):
+                raise tarfile.ReadError(f"damaged at byte {tar.offset}")
     except tarfile.TarError as error:
         raise LakeError(f"{redact_url(file.url)} is not a whole tar ({error}). {_REMEDY}") from error
     rows = []

@@ -15,6 +15,10 @@ _HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 _HEADER_ERRORS = (SyntaxError, IndexError, TypeError, KeyError, ValueError, OSError, EOFError, struct.error)
 _DATA_ERRORS = (*_HEADER_ERRORS, ZeroDivisionError, AttributeError)
 
+_UNSUPPORTED = re.compile(
+    "unsupported|unknown|cannot handle|not (supported|available)|samples per pixel", re.IGNORECASE
+)
+
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -122,7 +126,7 @@ def _open(data: bytes) -> Image.Image:
 
 def _failure(name: str, error: Exception) -> ImageError:
     # Pillow has one exception for what is damaged and for what it cannot read; only the text tells them apart.
-    if re.search(r"unsupported|unknown|cannot handle|not (supported|available)", str(error), re.IGNORECASE):
+    if _UNSUPPORTED.search(str(error)):
         return ImageError("unsupported", f"a kind of {name} that is not read: {error}")
     return ImageError("truncated", f"{name} is cut short or damaged: {error}")
 

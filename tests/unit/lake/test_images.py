@@ -183,6 +183,7 @@ def test_orientation_6_turns_clockwise() -> None:
     assert decode_image(saved(image, exif=exif))[:, 0, 0].tolist() == [255, 0]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_exif_does_not_cost_the_image(photo: np.ndarray) -> None:
     data = saved(Image.fromarray(photo), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xffrubbish")
     assert decode_image(data).shape == photo.shape

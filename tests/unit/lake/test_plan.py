@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinysam.lake import schema
+from tinysam.lake.filesystem import LakeError, join, write_once
+from tinysam.lake.plan import plan_shards, read_index, todo, write_index
+from tinysam.lake.shards import SHARDS_FOLDER, write_shard
+
+
+def make_index(names: list[str], **overrides: object) -> pa.Table:
+    rows = [
+        {"image_id": name, "uri": f"s3://lake/{name}", "offset": 0, "size": 10, "annotations": b"[]", **overrides}
+        for name in names
+    ]
+    return pa.Table.from_pylist(rows, schema=schema.INDEX)
+
+
+NAMES = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), unique=True, max_size=30)
+
+
+@settings(deadline=None)
+@given(names=NAMES, images_per_shard=st.integers(1, 12))
+def test_every_image_is_in_one_shard_and_in_order(names: list[str], images_per_shard: int) -> None:
+    index = make_index(sorted(names))
+    plan = plan_shards(index, images_per_shard=images_per_shard)
+    planned = [name for shard in plan for name in shard.rows.column("image_id").to_pylist()]
+    assert planned == sorted(names)
+    assert all(shard.rows.schema == schema.INDEX for shard in plan)
+    assert all(shard.rows.num_rows == images_per_shard for shard in plan[:-1])
+    assert all(set(shard.rows.column("shard_id").to_pylist()) == {shard.shard_id} for shard in plan)
+    assert len({shard.shard_id for shard in plan}) == len(plan)
+
+
+def test_the_plan_depends_on_the_index_alone() -> None:
+    names = [f"{number}.png" for number in range(10)]
+    whole = make_index(names)
+    chunked = pa.concat_tables([make_index(names[:3]), make_index(names[3:])])
+    first = [shard.shard_id for shard in plan_shards(whole, images_per_shard=4)]
+    assert first == [shard.shard_id for shard in plan_shards(chunked, images_per_shard=4)]
+    assert [name[:12] for name in first] == ["shard-00000-", "shard-00001-", "shard-00002-"]
+    planned_before = pa.concat_tables([shard.rows for shard in plan_shards(whole, images_per_shard=3)])
+    assert first == [shard.shard_id for shard in plan_shards(planned_before, images_per_shard=4)]
+
+
+@pytest.mark.parametrize(
+    "change", [{"uri": "s3://other/1.png"}, {"offset": 5}, {"size": 11}, {"annotations": b"[1]"}, {"annotations": None}]
+)
+def test_a_changed_row_changes_its_shards_name_and_no_other(change: dict[str, object]) -> None:
+    same = make_index(["1.png", "2.png"])
+    before = plan_shards(pa.concat_tables([same, make_index(["3.png"])]), images_per_shard=2)
+    after = plan_shards(pa.concat_tables([same, make_index(["3.png"], **change)]), images_per_shard=2)
+    assert before[0].shard_id == after[0].shard_id
+    assert before[1].shard_id != after[1].shard_id
+
+
+def test_shard_names_are_stable_across_versions() -> None:
+    # A new release must be able to resume what an older one began.
+    (shard,) = plan_shards(make_index(["a b/ü.png", "c.png"]), images_per_shard=2)
+    assert shard.shard_id == "shard-00000-917979e0"
+
+
+def test_shards_hold_at_least_one_image() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        plan_shards(make_index(["1.png"]), images_per_shard=0)
+
+
+def test_what_the_output_lists_is_not_done_again(storage: str) -> None:
+    plan = plan_shards(make_index([f"{number}.png" for number in range(7)]), images_per_shard=2)
+    assert todo(plan, storage) == plan
+    write_shard(join(storage, SHARDS_FOLDER), plan[2].shard_id, plan[2].rows, {})
+    write_once(join(storage, SHARDS_FOLDER, "shard-00001-00000000.parquet"), b"of another plan")
+    write_once(join(storage, SHARDS_FOLDER, f".{plan[0].shard_id}.parquet.tmp"), b"half a shard")
+    assert [shard.shard_id for shard in todo(plan, storage)] == [plan[i].shard_id for i in (0, 1, 3)]
+
+
+def test_an_index_is_read_back_as_it_was_written(storage: str) -> None:
+    plan = plan_shards(make_index(["a b/ü.png", "c.png", "d.png"]), images_per_shard=2)
+    write_index(storage, plan)
+    index = read_index(storage)
+    assert index.schema == schema.INDEX
+    assert index.to_pylist() == [row for shard in plan for row in shard.rows.to_pylist()]
+
+
+def test_an_empty_plan_writes_an_empty_index(storage: str) -> None:
+    write_index(storage, [])
+    assert read_index(storage).num_rows == 0
+
+
+def test_a_damaged_index_is_explained(storage: str) -> None:
+    write_once(join(storage, "index.parquet"), b"PAR1 rubbish PAR1")
+    with pytest.raises(LakeError, match=r"index\.parquet is not a whole parquet file"):
+        read_index(storage)
