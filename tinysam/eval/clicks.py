@@ -20,7 +20,8 @@ from scipy import ndimage
 from segment_anything.modeling import Sam
 
 from tinysam.eval.masks import Rle, at_original_size
-from tinysam.eval.prompts import EmbeddedImage, decode_prompts
+from tinysam.eval.prompts import decode_prompts
+from tinysam.everything.decoding import EncodedImage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def first_click(truth: np.ndarray, policy: Literal["center", "random"] = "center
 
 def click_ious(
     sam: Sam,
-    image: EmbeddedImage,
+    image: EncodedImage,
     truths: Sequence[Rle],
     config: ClickConfig | None = None,
     *,
@@ -117,7 +118,10 @@ def click_ious(
     An object whose mask is perfect gets no further click and keeps its 1.0.
 
     Args:
+        sam: in eval mode.
+        image: after the encoder, from ``tinysam.everything.decoding.encode``.
         truths: COCO RLEs of non-empty masks in the original frame.
+        config: SAM's protocol with 5 clicks by default.
         prompts_per_batch: objects in one decoder pass.
         max_bytes: limit on the float32 intermediates of upscaling.
     """
@@ -130,7 +134,7 @@ def click_ious(
 
 
 def _click_batch(
-    sam: Sam, image: EmbeddedImage, truths: Sequence[Rle], config: ClickConfig, first_index: int, max_bytes: int
+    sam: Sam, image: EncodedImage, truths: Sequence[Rle], config: ClickConfig, first_index: int, max_bytes: int
 ) -> np.ndarray:
     result = np.ones((len(truths), config.clicks))
     active = np.arange(len(truths))  # objects whose mask is not perfect yet; rows of points, labels and logits
@@ -150,7 +154,7 @@ def _click_batch(
         chosen = 1 + ious[:, 1:].argmax(dim=1) if step == 0 else torch.zeros_like(rows)
         logits = all_logits[rows, chosen][:, None]
         clicks: list[tuple[int, int, int] | None] = []
-        for masks in at_original_size(sam, logits[:, 0], image.input_size, image.original_size, max_bytes):
+        for masks in at_original_size(sam, logits[:, 0], image.input_size, image.size, max_bytes):
             for mask in masks:
                 index = active[len(clicks)]
                 truth = _decode(truths[index])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -14,8 +14,10 @@ from tinysam.eval.bootstrap import Metric
 from tinysam.eval.clicks import ClickConfig, click_ious
 from tinysam.eval.everything import EverythingScores, score_everything
 from tinysam.eval.masks import Rle, areas, boxes_xyxy, paired_iou, to_rles
-from tinysam.eval.prompts import BoxPredictions, check_sizes, embed_image, predict_boxes
+from tinysam.eval.prompts import BoxPredictions, check_sizes, predict_boxes
 from tinysam.eval.summary import summarize
+from tinysam.everything import SamHierarchicalMaskGenerator
+from tinysam.everything.decoding import encode
 
 Task = Literal["box", "points", "everything"]
 TASKS: tuple[Task, ...] = ("box", "points", "everything")
@@ -61,10 +63,9 @@ class ImageScores:
     click_iou: np.ndarray | None = None
     """(objects, clicks)."""
     everything: EverythingScores | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time by stage: embed, box, points, everything (which embeds by itself)."""
+    """Everything mode."""
     box_predictions: BoxPredictions | None = None
-    """The masks themselves, for average precision."""
+    """The masks for the detector's boxes, else those for the objects' own: what average precision is computed from."""
 
 
 def evaluate_image(
@@ -74,6 +75,8 @@ def evaluate_image(
     *,
     config: EvalConfig | None = None,
     generator: MaskGenerator | None = None,
+    detections: np.ndarray | None = None,
+    stage: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> ImageScores:
     """Scores a model on one image.
 
@@ -84,6 +87,9 @@ def evaluate_image(
             prompt can be drawn from them.
         config: tasks and portions; everything by default.
         generator: of everything mode; by default a ``SamHierarchicalMaskGenerator`` with its own defaults.
+        detections: (M, 4) XYXY boxes of a detector, to be segmented for average precision in the place of the ground
+            truth's. The box IoUs are those of the ground truth's tight boxes all the same.
+        stage: entered with a stage's name around its work ("embed", "box", "points", "everything"), to time it.
 
     Raises:
         ValueError: if a mask has another size than the image.
@@ -92,37 +98,26 @@ def evaluate_image(
     truths = to_rles(masks)
     check_sizes(truths, image.shape[:2])
     truths = [truth for truth, area in zip(truths, areas(truths), strict=True) if area > 0]
-    seconds: dict[str, float] = {}
     scores: dict[str, Any] = {"areas": areas(truths)}
-    started = time.perf_counter()
-
-    def lap(stage: str) -> None:
-        nonlocal started
-        seconds[stage] = time.perf_counter() - started
-        started = time.perf_counter()
-
     portions = {"prompts_per_batch": config.prompts_per_batch, "max_bytes": config.max_bytes}
-    if truths and {"box", "points"} & set(config.tasks):
-        embedded = embed_image(sam, image)
-        lap("embed")
+    if {"box", "points"} & set(config.tasks):
+        with stage("embed"):
+            embedded = encode(sam, [image])[0]
     if "box" in config.tasks:
-        if truths:
+        with stage("box"):
             predictions = predict_boxes(sam, embedded, boxes_xyxy(truths), **portions)
-            scores["box_predictions"] = predictions
             scores["box_multimask_iou"] = paired_iou(predictions.multimask, truths)
             scores["box_singlemask_iou"] = paired_iou(predictions.singlemask, truths)
-        else:
-            scores["box_multimask_iou"] = scores["box_singlemask_iou"] = np.zeros(0)
-        lap("box")
+            if detections is not None:
+                predictions = predict_boxes(sam, embedded, detections, **portions)
+            scores["box_predictions"] = predictions
     if "points" in config.tasks:
-        empty = np.zeros((0, config.clicks.clicks))
-        scores["click_iou"] = click_ious(sam, embedded, truths, config.clicks, **portions) if truths else empty
-        lap("points")
+        with stage("points"):
+            scores["click_iou"] = click_ious(sam, embedded, truths, config.clicks, **portions)
     if "everything" in config.tasks:
-        records = (generator or default_generator(sam)).generate(image)
-        scores["everything"] = score_everything(records, truths)
-        lap("everything")
-    return ImageScores(**scores, seconds=seconds)
+        with stage("everything"):
+            scores["everything"] = score_everything((generator or default_generator(sam)).generate(image), truths)
+    return ImageScores(**scores)
 
 
 def evaluate_images(
@@ -147,6 +142,4 @@ def evaluate_images(
 
 def default_generator(sam: Sam) -> MaskGenerator:
     """Hierarchical everything mode with its default options."""
-    from tinysam.everything import SamHierarchicalMaskGenerator
-
     return SamHierarchicalMaskGenerator(sam, output_mode="coco_rle")

@@ -8,36 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from segment_anything.modeling import Sam
-from segment_anything.utils.transforms import ResizeLongestSide
 
 from tinysam.eval.masks import Rle, at_original_size, to_rles
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddedImage:
-    """An image after the encoder: all that prompts need."""
-
-    features: torch.Tensor
-    """(1, C, h, w) image embedding."""
-    input_size: tuple[int, int]
-    """(height, width) of the resized image before padding."""
-    original_size: tuple[int, int]
-    """(height, width) of the image."""
-
-
-@torch.no_grad()
-def embed_image(sam: Sam, image: np.ndarray) -> EmbeddedImage:
-    """Encodes an (H, W, 3) uint8 RGB image with SAM's preprocessing."""
-    resized = ResizeLongestSide(sam.image_encoder.img_size).apply_image(image)
-    pixels = torch.as_tensor(resized, device=sam.device).permute(2, 0, 1)[None]
-    features = sam.image_encoder(sam.preprocess(pixels))
-    return EmbeddedImage(features=features, input_size=resized.shape[:2], original_size=image.shape[:2])
+from tinysam.everything.decoding import EncodedImage
+from tinysam.predictor import ResizeLongestSide
 
 
 @torch.no_grad()
 def decode_prompts(
     sam: Sam,
-    image: EmbeddedImage,
+    image: EncodedImage,
     *,
     boxes: np.ndarray | None = None,
     points: np.ndarray | None = None,
@@ -50,12 +30,18 @@ def decode_prompts(
     from one pass halves the cost of reporting both protocols.
 
     Args:
+        sam: in eval mode.
+        image: after the encoder, from ``tinysam.everything.decoding.encode``.
         boxes: (B, 4) XYXY in the original frame.
         points: (B, K, 2) x, y in the original frame, with ``labels`` (B, K): 1 inside, 0 outside.
+        labels: see ``points``.
         mask_input: (B, 1, S/4, S/4) logits of an earlier step.
 
     Returns:
         Logits (B, 4, S/4, S/4) and predicted IoUs (B, 4).
+
+    Raises:
+        ValueError: for points without labels.
     """
     transform = ResizeLongestSide(sam.image_encoder.img_size)
     device = sam.device
@@ -63,18 +49,16 @@ def decode_prompts(
     if points is not None:
         if labels is None:
             raise ValueError("points need labels")
-        coords = transform.apply_coords(points, image.original_size)
+        coords = transform.apply_coords(points, image.size)
         point_prompt = (
             torch.as_tensor(coords, dtype=torch.float, device=device),
             torch.as_tensor(labels, dtype=torch.int, device=device),
         )
     if boxes is not None:
-        box_prompt = torch.as_tensor(
-            transform.apply_boxes(boxes, image.original_size), dtype=torch.float, device=device
-        )
+        box_prompt = torch.as_tensor(transform.apply_boxes(boxes, image.size), dtype=torch.float, device=device)
     sparse, dense = sam.prompt_encoder(points=point_prompt, boxes=box_prompt, masks=mask_input)
     return sam.mask_decoder.predict_masks(
-        image_embeddings=image.features,
+        image_embeddings=image.embedding,
         image_pe=sam.prompt_encoder.get_dense_pe(),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense,
@@ -94,10 +78,13 @@ class BoxPredictions:
     singlemask_scores: np.ndarray
     """(N,) its predicted IoU."""
 
+    def __len__(self) -> int:
+        return len(self.multimask)
+
 
 def predict_boxes(
     sam: Sam,
-    image: EmbeddedImage,
+    image: EncodedImage,
     boxes: np.ndarray,
     *,
     prompts_per_batch: int = 64,
@@ -106,6 +93,8 @@ def predict_boxes(
     """Segments every box, by both protocols.
 
     Args:
+        sam: in eval mode.
+        image: after the encoder, from ``tinysam.everything.decoding.encode``.
         boxes: (N, 4) XYXY in the original frame; N may be 0.
         prompts_per_batch: prompts in one decoder pass.
         max_bytes: limit on the float32 intermediates of upscaling.
@@ -118,7 +107,7 @@ def predict_boxes(
         rows = torch.arange(len(ious), device=ious.device)
         for protocol, chosen in enumerate((best_of_three, torch.zeros_like(best_of_three))):
             scores[protocol].append(ious[rows, chosen].float().cpu().numpy())
-            for masks in at_original_size(sam, logits[rows, chosen], image.input_size, image.original_size, max_bytes):
+            for masks in at_original_size(sam, logits[rows, chosen], image.input_size, image.size, max_bytes):
                 rles[protocol].extend(to_rles(masks))
     multimask_scores, singlemask_scores = (np.concatenate([np.zeros(0, np.float32), *part]) for part in scores)
     return BoxPredictions(

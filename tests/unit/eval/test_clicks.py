@@ -12,7 +12,7 @@ from segment_anything import SamPredictor
 
 from tinysam.eval.clicks import ClickConfig, click_ious, deepest_point, first_click, next_click
 from tinysam.eval.masks import to_rles
-from tinysam.eval.prompts import embed_image
+from tinysam.everything.decoding import encode
 
 REGIONS = arrays.arrays(bool, st.tuples(st.integers(1, 15), st.integers(1, 15)))
 
@@ -119,7 +119,7 @@ def reference_ious(sam, image: np.ndarray, truth: np.ndarray, clicks: int, feed:
 def test_batched_clicks_equal_one_object_at_a_time(tiny_sam, rng, feed):
     image = rng.integers(0, 256, (70, 93, 3), dtype=np.uint8)
     truths = squares(70, 93)
-    embedded = embed_image(tiny_sam, image)
+    embedded = encode(tiny_sam, [image])[0]
     config = ClickConfig(clicks=3, feed_logits=feed)
     found = click_ious(tiny_sam, embedded, to_rles(truths), config, prompts_per_batch=2)
     expected = [reference_ious(tiny_sam, image, truth, 3, feed) for truth in truths]
@@ -146,7 +146,7 @@ def test_a_perfect_mask_is_left_alone(tiny_sam, obedient):
     half = np.zeros((32, 32), bool)
     half[:, :16] = True
     obedient(half[None])  # a second step would exhaust the answers
-    image = embed_image(tiny_sam, np.zeros((128, 128, 3), np.uint8))
+    image = encode(tiny_sam, [np.zeros((128, 128, 3), np.uint8)])[0]
     truth = np.zeros((1, 128, 128), bool)
     truth[:, :, :64] = True
     np.testing.assert_array_equal(click_ious(tiny_sam, image, to_rles(truth), ClickConfig(clicks=4)), np.ones((1, 4)))
@@ -156,7 +156,7 @@ def test_only_imperfect_objects_are_clicked_again(tiny_sam, obedient):
     left, top = np.zeros((32, 32), bool), np.zeros((32, 32), bool)
     left[:, :16], top[:16] = True, True
     obedient(np.stack([left, top, top]))
-    image = embed_image(tiny_sam, np.zeros((128, 128, 3), np.uint8))
+    image = encode(tiny_sam, [np.zeros((128, 128, 3), np.uint8)])[0]
     truths = np.zeros((2, 128, 128), bool)
     truths[0, :64] = True
     truths[1, :, :64] = True
@@ -167,7 +167,7 @@ def test_only_imperfect_objects_are_clicked_again(tiny_sam, obedient):
 @settings(max_examples=5, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_any_size_of_image_works(tiny_sam, height, width):
-    image = embed_image(tiny_sam, np.zeros((height, width, 3), np.uint8))
+    image = encode(tiny_sam, [np.zeros((height, width, 3), np.uint8)])[0]
     ious = click_ious(tiny_sam, image, to_rles(np.ones((1, height, width), bool)), ClickConfig(clicks=2))
     assert ious.shape == (1, 2)
     assert ((ious >= 0) & (ious <= 1)).all()

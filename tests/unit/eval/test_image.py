@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
 from tinysam.eval import ClickConfig, EvalConfig, evaluate_image, evaluate_images
 from tinysam.eval.masks import boxes_xyxy, to_rles
-from tinysam.eval.prompts import embed_image, predict_boxes
+from tinysam.eval.prompts import predict_boxes
+from tinysam.everything.decoding import encode
 
 
 @pytest.fixture
@@ -24,7 +27,7 @@ def truth() -> np.ndarray:
 
 def test_batched_boxes_equal_segment_anythings_predictor(tiny_sam, image, truth):
     boxes = boxes_xyxy(to_rles(truth))
-    found = predict_boxes(tiny_sam, embed_image(tiny_sam, image), boxes, prompts_per_batch=3, max_bytes=1)
+    found = predict_boxes(tiny_sam, encode(tiny_sam, [image])[0], boxes, prompts_per_batch=3, max_bytes=1)
     predictor = SamPredictor(tiny_sam)
     predictor.set_image(image)
     for i, box in enumerate(boxes):
@@ -45,12 +48,35 @@ def test_every_task_reports_its_objects(tiny_sam, image, truth):
     assert scores.box_multimask_iou.shape == scores.box_singlemask_iou.shape == (7,)
     assert scores.click_iou.shape == (7, 2)
     assert scores.everything.best_iou.shape == (7,)
-    assert set(scores.seconds) == {"embed", "box", "points", "everything"}
     metrics = evaluate_images(tiny_sam, [(image, truth)] * 2, config=config, generator=generator)
     assert metrics["box_miou"].value == pytest.approx(scores.box_multimask_iou.mean())
     assert metrics["click_miou_2"].value == pytest.approx(scores.click_iou[:, 1].mean())
     assert (metrics["best_match_miou"].n, metrics["best_match_miou"].images) == (14, 2)
     assert metrics["masks_per_image"].value == scores.everything.masks
+
+
+def test_a_detectors_boxes_give_the_masks_and_the_objects_own_the_ious(tiny_sam, image, truth):
+    config = EvalConfig(tasks=("box",))
+    detections = np.array([[3.0, 4.0, 50.5, 40.25]])
+    own = evaluate_image(tiny_sam, image, truth, config=config)
+    detected = evaluate_image(tiny_sam, image, truth, config=config, detections=detections)
+    assert (len(own.box_predictions), len(detected.box_predictions)) == (7, 1)
+    np.testing.assert_array_equal(own.box_multimask_iou, detected.box_multimask_iou)
+    expected = predict_boxes(tiny_sam, encode(tiny_sam, [image])[0], detections)
+    assert detected.box_predictions.multimask == expected.multimask
+
+
+def test_each_stage_is_announced_for_timing(tiny_sam, image, truth):
+    stages = []
+
+    @contextmanager
+    def stage(name):
+        stages.append(name)
+        yield
+
+    config = EvalConfig(tasks=("box", "points"), clicks=ClickConfig(clicks=1))
+    evaluate_image(tiny_sam, image, truth, config=config, stage=stage)
+    assert stages == ["embed", "box", "points"]
 
 
 def test_tasks_not_asked_for_are_absent(tiny_sam, image, truth):
