@@ -27,7 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found without an
 
 from rich.progress import Progress
 
-from pipelines.common.cli import EXIT_ERROR, EXIT_OK, JobError, console, error_console, parse_config, run_main
+from pipelines.common.cli import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    JobError,
+    console,
+    error_console,
+    parse_config,
+    run_main,
+)
 from pipelines.common.demo_lake import BROKEN, DemoLake, DemoLakeError, build_demo_lake, photographs
 from pipelines.common.local_s3 import LocalS3, LocalS3Error, local_s3
 from tinysam.lake.filesystem import join
@@ -80,7 +89,7 @@ def plan(config: DemoConfig, lake: DemoLake, url: str, page: Path) -> list[Stage
             title="the teacher's embeddings of every image, computed once",
             command=(
                 *("pipelines/cache_teacher.py", "--lake", lake.images),
-                *("--output", cache, "--teacher", config.teacher),
+                *("--output", cache, "--teacher", config.teacher, "--images-per-shard", "8"),
             ),
         ),
         Stage(
@@ -100,7 +109,10 @@ def plan(config: DemoConfig, lake: DemoLake, url: str, page: Path) -> list[Stage
         ),
         Stage(
             title="masks of everything in every image",
-            command=("pipelines/label_images.py", "--lake", lake.images, "--output", masks, "--quantized", quantized),
+            command=(
+                *("pipelines/label_images.py", "--lake", lake.images),
+                *("--output", masks, "--quantized", quantized, "--images-per-shard", "8"),
+            ),
         ),
         Stage(
             title="teacher, student and 8-bit student, measured on scenes that none of them has seen",
@@ -112,7 +124,7 @@ def plan(config: DemoConfig, lake: DemoLake, url: str, page: Path) -> list[Stage
         Stage(
             title="one page about all of it",
             command=(
-                *("-m", "tinysam.cli", "report", "--output", masks, "--page", str(page)),
+                *("-m", "tinysam.cli", "report", masks, "--output", str(page)),
                 *("--stages", cache, student, quantized, scores),
             ),
         ),
@@ -206,6 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             lake = _build_lake(config)
             stages = plan(config, lake, f"s3://{BUCKET}", page)
             code, seconds = run_stages(stages, os.environ)
+    except KeyboardInterrupt:
+        error_console.print("interrupted; the storage server has been stopped")
+        return EXIT_INTERRUPTED
     except (DemoLakeError, LocalS3Error) as error:
         error_console.print(f"[bold red]error:[/] {error}", highlight=False)
         return EXIT_ERROR

@@ -14,7 +14,9 @@ from pipelines.common import demo_lake
 from pipelines.common.cli import JobError, parse_config
 from pipelines.common.demo_lake import BROKEN, DemoLake, DemoLakeError, build_demo_lake
 from pipelines.distill import DistillConfig
+from pipelines.evaluate import EvaluateConfig
 from pipelines.label_images import LabelImagesConfig
+from tinysam.cli import build_parser
 from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.index import IndexConfig, build_index, read_image_bytes
 
@@ -59,12 +61,16 @@ def test_each_command_is_one_that_its_job_accepts(lake: DemoLake, tmp_path: Path
         "pipelines/cache_teacher.py": CacheTeacherConfig,
         "pipelines/distill.py": DistillConfig,
         "pipelines/label_images.py": LabelImagesConfig,
+        "pipelines/evaluate.py": EvaluateConfig,
     }
     for stage in stages:
         script, *flags = stage.command
         if script in configs:
             assert parse_config(configs.pop(script), flags).output.startswith("s3://bucket/")
     assert not configs
+    report = build_parser().parse_args(stages[-1].command[2:])
+    assert report.labels == parse_config(LabelImagesConfig, stages[3].command[1:]).output
+    assert Path(report.output) == tmp_path / "report.html"
 
 
 def test_failing_stage_ends_the_demo_with_its_output_and_code(
