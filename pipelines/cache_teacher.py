@@ -24,6 +24,7 @@ import torch
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from pipelines.common.cli import JobError, parse_config, run_main
+from pipelines.common.input_frame import check_input_frame
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.models import weights_sha256
 from pipelines.common.read_ahead import read_ahead
@@ -71,6 +72,8 @@ class CacheTeacherConfig(ShardJobConfig):
             raise ValueError("--batch-size must be at least 1")
         if not 1 <= self.jpeg_quality <= 100:
             raise ValueError("--jpeg-quality must be between 1 and 100")
+        if self.min_mask_area < 0:
+            raise ValueError("--min-mask-area must not be negative")
         if self.max_masks < 1:
             raise ValueError("--max-masks must be at least 1")
 
@@ -174,7 +177,8 @@ class CacheTeacherWorker(ShardWorker):
             with self.clock.stage("decode"):
                 original = decode_image(data)
                 out["height"], out["width"] = original.shape[:2]
-                pixels = self._to_input_frame(original)
+                check_input_frame(*original.shape[:2], self._image_size)
+                pixels = self._resize.apply_image(original)
                 out["input_height"], out["input_width"] = pixels.shape[:2]
                 jpeg = encode_jpeg(pixels, self._config.jpeg_quality)
                 pixels = decode_image(jpeg)
@@ -183,12 +187,6 @@ class CacheTeacherWorker(ShardWorker):
         except ImageError as error:
             return out | {"status": error.status, "error": str(error)}, None
         return out | {"image": jpeg}, pixels
-
-    def _to_input_frame(self, original: np.ndarray) -> np.ndarray:
-        height, width = original.shape[:2]
-        if min(self._resize.get_preprocess_shape(height, width, self._image_size)) < 1:
-            raise ImageError("too_narrow", f"{width} x {height} pixels leave none when the longest side is resized")
-        return self._resize.apply_image(original)
 
     def _training_masks(
         self, row: Mapping[str, Any], original: np.ndarray, resized: np.ndarray
@@ -213,9 +211,8 @@ class CacheTeacherWorker(ShardWorker):
                 row["embedding"] = encode_embedding(embedding, self._config.codec)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the job; returns its exit code."""
-    config = parse_config(CacheTeacherConfig, argv)
+def job(config: CacheTeacherConfig) -> ShardJob:
+    """The job that ``config`` asks for; hashes the teacher's checkpoint."""
     teacher_sha256 = "" if config.teacher == NO_TEACHER else weights_sha256(config.teacher)
     return ShardJob(
         name="cache_teacher",
@@ -227,7 +224,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "precision": config.precision,
             **config.preprocessing(),
         },
-    ).run()
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job; returns its exit code."""
+    return job(parse_config(CacheTeacherConfig, argv)).run()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import pyarrow as pa
 import torch
 
 from pipelines.common.cli import parse_config, run_main
+from pipelines.common.input_frame import check_input_frame
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.models import weights_sha256
 from pipelines.common.read_ahead import read_ahead
@@ -102,6 +103,7 @@ class LabelImagesWorker(ShardWorker):
         self._config, self._model_sha256, self._placement = config, model_sha256, placement
         torch.backends.cudnn.deterministic = True
         sam = load(config.model).to(placement.device)
+        self._image_size: int = sam.image_encoder.img_size
         options = asdict(config.everything)
         self._generator: SamAutomaticMaskGenerator
         if config.generator == "hierarchical":
@@ -137,6 +139,7 @@ class LabelImagesWorker(ShardWorker):
                 data = read_image_bytes(row)
             with self.clock.stage("decode"):
                 pixels = decode_image(data)
+                check_input_frame(*pixels.shape[:2], self._image_size)
         except ImageError as error:
             return out | {"status": error.status, "error": str(error)}, None
         return out | {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels
@@ -159,9 +162,8 @@ class LabelImagesWorker(ShardWorker):
         ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the job; returns its exit code."""
-    config = parse_config(LabelImagesConfig, argv)
+def job(config: LabelImagesConfig) -> ShardJob:
+    """The job that ``config`` asks for; hashes the model's files."""
     if config.quantized is not None:
         config = replace(config, device="cpu")
     model_sha256 = weights_sha256(config.model)
@@ -170,7 +172,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config=config,
         make_worker=partial(LabelImagesWorker, config, model_sha256),
         identity={"model": model_sha256, **config.labelling()},
-    ).run()
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job; returns its exit code."""
+    return job(parse_config(LabelImagesConfig, argv)).run()
 
 
 if __name__ == "__main__":

@@ -95,8 +95,14 @@ def _flags(values: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _usage_error(message: str) -> NoReturn:
-    error_console.print(f"[bold red]error:[/] {message}", highlight=False)
+    print_error(message)
     raise SystemExit(EXIT_USAGE)
+
+
+def print_error(message: str) -> None:
+    """Prints a message as an error, character by character as it is."""
+    error_console.print("[bold red]error:[/]", end=" ")
+    error_console.print(message, markup=False, highlight=False, soft_wrap=True)
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -108,7 +114,6 @@ def run_main(main: Callable[[], int | None]) -> None:
         error_console.print("interrupted; run the same command again to go on from here")
         code = EXIT_INTERRUPTED
     except (JobError, LakeError, CheckpointError) as error:
-        error_console.print("[bold red]error:[/]", end=" ")
-        error_console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        print_error(str(error))
         code = EXIT_ERROR
     sys.exit(code or EXIT_OK)
