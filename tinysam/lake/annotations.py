@@ -211,6 +211,9 @@ def _check_rle(rle: Mapping[str, Any], height: int, width: int) -> dict[str, Any
     if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
         raise ImageError("bad_annotations", f"run lengths add up to {runs.sum()}, not to {height} x {width}")
     if isinstance(counts, list):
+        if runs.min() >= 1 << 24:
+            # Where all numbers are as long as this, pycocotools writes past its buffer. Two empty runs make room.
+            runs = np.concatenate([[0, 0], runs])
         return coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
     return {"size": [height, width], "counts": counts.encode("ascii") if isinstance(counts, str) else counts}
 

@@ -50,6 +50,15 @@ class TestReading:
         (rle,) = read_annotations(row, 10, 10) or []
         assert coco_mask.area(rle) == 16 + 4
 
+    def test_long_runs_do_not_overflow_pycocotools_buffer(self) -> None:
+        height, width = 1 << 13, 1 << 13
+        runs = [1 << 24] * 4
+        (rle,) = (
+            read_annotations(inlined({"segmentation": {"size": [height, width], "counts": runs}}), height, width) or []
+        )
+        assert len(rle["counts"]) + 1 <= 6 * (len(runs) + 2)
+        assert coco_mask.area(rle) == 2 << 24
+
     def test_crowds_and_empty_masks_are_left_out(self) -> None:
         full = encode_rle(np.ones((4, 4), dtype=bool))
         row = inlined(

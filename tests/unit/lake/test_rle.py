@@ -34,17 +34,41 @@ def test_uncompressed_form_is_segment_anythings(mask: np.ndarray) -> None:
     assert rle_to_uncompressed(encode_rle(mask)) == mask_to_rle_pytorch(from_numpy(mask)[None])[0]
 
 
-@given(st.lists(st.integers(0, 2**30), min_size=1, max_size=30))
-def test_run_lengths_of_any_size_are_decoded(runs: list[int]) -> None:
-    compressed = coco_mask.frPyObjects({"size": [1, sum(runs)], "counts": runs}, 1, sum(runs))
-    if sum(runs) < 2**31:
-        assert run_lengths(compressed["counts"]).tolist() == runs
+def compress(runs: list[int]) -> str:
+    """pycocotools' rleToString, which itself writes past its buffer where all runs are long."""
+    text = ""
+    for i, run in enumerate(runs):
+        number = run - runs[i - 2] if i > 2 else run
+        more = True
+        while more:
+            bits, number = number & 0x1F, number >> 5
+            more = number != (-1 if bits & 0x10 else 0)
+            text += chr(48 + bits + 0x20 * more)
+    return text
 
 
-@pytest.mark.parametrize("text", ["\x7f", "P", "1o", "\x01"])
+@given(MASKS)
+def test_the_tests_own_compression_is_pycocotools(mask: np.ndarray) -> None:
+    rle = encode_rle(mask)
+    assert compress(run_lengths(rle["counts"]).tolist()) == rle["counts"]
+
+
+@given(st.lists(st.integers(0, 2**29 - 1), min_size=1, max_size=8))
+def test_run_lengths_of_large_images_are_decoded(runs: list[int]) -> None:
+    assert run_lengths(compress(runs)).tolist() == runs
+
+
+@pytest.mark.parametrize("text", ["\x7f", "P", "1o", "\x01", "PPPPPP0", "o" * 50 + "0"])
 def test_text_that_is_not_run_lengths_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a compressed run-length string"):
         run_lengths(text)
+
+
+@pytest.mark.parametrize("counts", [[15], [17], [0], [3, 3]])
+def test_runs_that_do_not_fill_the_mask_are_refused(counts: list[int]) -> None:
+    compressed = coco_mask.frPyObjects({"size": [1, sum(counts)], "counts": counts}, 1, sum(counts))
+    with pytest.raises(ValueError, match="add up to"):
+        decode_rle({"size": [4, 4], "counts": compressed["counts"]})
 
 
 def test_an_empty_text_has_no_runs() -> None:
