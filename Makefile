@@ -1,17 +1,39 @@
-# Every target sets up .venv by itself. TORCH_BACKEND=cpu (or cu130, …) picks torch's build, for instance
-# on a laptop that should not download CUDA.
+# Every target sets up .venv by itself. TORCH_BACKEND=cpu (or cu130, …) picks torch's build, for instance for a laptop
+# that should not download CUDA.
 PYTHON ?= python3
 BIN := .venv/bin
 UV := $(BIN)/uv
 TORCH_FLAG := $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
-# torch pins its own CUDA packages; leaving them out of the lock is what lets TORCH_BACKEND=cpu do without them.
-CUDA_PACKAGES := $(shell sed -n 's/^\(nvidia-[a-z0-9-]*\|cuda-[a-z-]*\|triton\)$$/\1/p' cluster/cuda-packages.txt 2>/dev/null)
+COMPILE := VIRTUAL_ENV=.venv $(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+	--no-emit-index-url --no-annotate --no-header --quiet
 
-.PHONY: demo test test-all lint bench lock clean
+.PHONY: demo test test-all lint bench lock
+
+demo: .venv/.installed
+	$(BIN)/python pipelines/demo.py
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -q
+
+test-all: .venv/.installed
+	$(BIN)/python -m pytest -q -m ""
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed
+	$(BIN)/python -m benchmarks
+
+# torch pins its CUDA packages itself; a lock without them serves TORCH_BACKEND=cpu as well.
+lock: .venv/.installed
+	$(COMPILE) --upgrade -o requirements.lock \
+		$$($(COMPILE) | sed -nE 's/^(nvidia-[a-z0-9-]+|cuda-[a-z-]+|triton)==.*/--no-emit-package \1/p')
 
 .venv/.installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	test -x $(UV) || $(BIN)/python -m pip install --quiet uv
-	VIRTUAL_ENV=.venv $(UV) pip install --quiet $(TORCH_FLAG) -r requirements.lock
+	VIRTUAL_ENV=.venv $(UV) pip install --quiet $(TORCH_FLAG) --requirement requirements.lock
 	VIRTUAL_ENV=.venv $(UV) pip install --quiet --no-deps --editable .
 	touch $@

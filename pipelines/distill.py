@@ -227,7 +227,9 @@ class History:
         writer.writeheader()
         writer.writerows(self._lines)
         write_once(self._url, text.getvalue().encode())
-        error_console.print("  ".join(f"{name} {value:.4g}" for name, value in rounded.items()), highlight=False)
+        error_console.print(
+            "  ".join(f"{name} {value:.4g}" for name, value in rounded.items()), highlight=False, soft_wrap=True
+        )
 
 
 def _build_student(config: DistillConfig, cache: Cache, teacher: Sam | None) -> Sam:

@@ -24,8 +24,8 @@ class DistillationLoss(nn.Module):
 
     Args:
         student: all of its parameters are trained.
-        teacher: only its prompt encoder and mask decoder are used, on the batch's cached embeddings; None trains on
-            ground truth alone.
+        teacher: only its prompt encoder and mask decoder are used, on the batch's cached embeddings; its parameters
+            are frozen in place. None trains on ground truth alone.
     """
 
     def __init__(self, student: Sam, teacher: Sam | None, loss_config: LossConfig, prompt_config: PromptConfig) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 from segment_anything.modeling import Sam
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from tinysam.distill.cache import Cache, GroupSamples, epoch_order
@@ -41,7 +41,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     ema_decay: float = 0.999
-    """Of the averaged weights, which are what is validated and saved."""
+    """Of the averaged weights, which are what is validated and saved; it rises to this from 0.1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class Trainer:
         student.image_encoder.to(memory_format=torch.channels_last)
         # A round without a mask prompt leaves the prompt encoder's mask branch out of the graph.
         self._loss: nn.Module = DistributedDataParallel(loss, find_unused_parameters=True) if world_size > 1 else loss
-        self._ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(optimizer.ema_decay), use_buffers=True)
+        self._ema = AveragedModel(student, multi_avg_fn=moving_average(optimizer.ema_decay), use_buffers=True)
         self._optimizer = torch.optim.AdamW(_parameter_groups(student, optimizer.weight_decay), fused=True)
         self._autocast = torch.autocast(device, torch.bfloat16, enabled=trainer.precision == "bf16")
         self._progress = Progress()
@@ -127,6 +127,7 @@ class Trainer:
         progress = load_progress(self._checkpoints_url, self.student, self.averaged_student, self._optimizer)
         if progress is not None:
             self._progress = progress
+            self._ema.n_averaged.fill_(progress.step)
         total, saved_at = self.total_steps(), time.monotonic()
         while self._progress.epoch < self.config.epochs:
             order = epoch_order(len(self.cache.shards), self.config.seed, self._progress.epoch)
@@ -240,6 +241,25 @@ def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
     share = (step - warmup) / max(1, total - warmup)
     span = config.learning_rate - config.final_learning_rate
     return config.final_learning_rate + span * (1 + math.cos(math.pi * min(1.0, share))) / 2
+
+
+def moving_average(
+    decay: float,
+) -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], torch.Tensor | int], None]:
+    """An exponential moving average whose decay rises from 0.1 to ``decay``: the first weights are soon forgotten."""
+
+    @torch.no_grad()
+    def update(
+        averaged: Sequence[torch.Tensor], current: Sequence[torch.Tensor], num_averaged: torch.Tensor | int
+    ) -> None:
+        now = min(decay, (1 + float(num_averaged)) / (10 + float(num_averaged)))
+        for mean, value in zip(averaged, current, strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value.to(mean.dtype), 1 - now)
+            else:
+                mean.copy_(value)
+
+    return update
 
 
 def _parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tinysam.distill.samples import SampleConfig, make_sample
+from tinysam.lake import schema
+from tinysam.lake.codecs import encode_embedding
+from tinysam.lake.images import encode_jpeg
+from tinysam.lake.rle import encode_rle
+
+SIZE = 128
+
+
+def make_row(rng: np.random.Generator, height: int = 96, width: int = 128, masks: int = 5) -> dict[str, Any]:
+    """An image whose objects are bright rectangles, so that pixels tell where the masks are."""
+    pixels = np.full((height, width, 3), 30, np.uint8)
+    entries = []
+    for _ in range(masks):
+        x, y = int(rng.integers(0, width - 24)), int(rng.integers(0, height - 24))
+        w, h = (int(v) for v in rng.integers(10, 24, 2))
+        pixels[y : y + h, x : x + w] = 220
+        frame = np.zeros((SIZE, SIZE), bool)
+        frame[y : y + h, x : x + w] = True
+        stride = schema.MASK_STRIDE
+        shrunk = frame.reshape(SIZE // stride, stride, SIZE // stride, stride).mean((1, 3)) > 0.5
+        entries.append({**encode_rle(shrunk), "bbox": [x, y, w, h], "area": float(w * h), "point_coords": []})
+    embedding = rng.normal(size=(4, SIZE // 16, SIZE // 16)).astype(np.float32)
+    return {
+        "input_height": height,
+        "input_width": width,
+        "image": encode_jpeg(pixels, 100),
+        "embedding": encode_embedding(embedding, "fp16"),
+        "masks": entries,
+        "plain_embedding": embedding,
+    }
+
+
+def sample(row: dict[str, Any], rng: np.random.Generator, **options: Any) -> Any:
+    defaults: dict[str, Any] = {"prompts": 6, "image_size": SIZE, "embedding_shape": (4, 8, 8), "codec": "fp16"}
+    config = SampleConfig(**{k: options.pop(k) for k in list(options) if k in SampleConfig.__dataclass_fields__})
+    return make_sample(row, config=config, rng=rng, **{**defaults, **options})
+
+
+def bright(image: torch.Tensor) -> torch.Tensor:
+    """Low-resolution share of bright pixels."""
+    return torch.nn.functional.avg_pool2d((image[0] > 125).float()[None], 4)[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop_size": None},
+        {"crop_size": 64},
+        {"crop_size": 64, "flip": True, "embedding_shape": None},
+        {"crop_size": 64, "min_zoom": 0.6, "max_zoom": 1.8, "embedding_shape": None},
+    ],
+)
+def test_masks_lie_where_their_objects_are(rng: np.random.Generator, options: dict[str, Any]) -> None:
+    for _ in range(10):
+        made = sample(make_row(rng), rng, **options)
+        covered = made.targets.amax(0)
+        shown = bright(made.image)
+        # Every chosen mask covers bright pixels; resampling blurs borders, so compare within.
+        assert (shown[covered > 0.99] > 0.6).float().mean() > 0.95
+        for target, box, weight in zip(made.targets, made.boxes, made.weight, strict=True):
+            if weight == 0:
+                continue
+            ys, xs = torch.nonzero(target > 0.5, as_tuple=True)
+            if len(ys):
+                assert (xs.min() * 4 >= box[0] - 6).all()
+                assert ((xs.max() + 1) * 4 <= box[2] + 6).all()
+                assert (ys.min() * 4 >= box[1] - 6).all()
+                assert ((ys.max() + 1) * 4 <= box[3] + 6).all()
+
+
+def test_embeddings_are_cropped_with_the_image(rng: np.random.Generator) -> None:
+    row = make_row(rng, height=128)
+    origins = set()
+    for _ in range(20):
+        made = sample(row, rng, crop_size=64)
+        x, y = made.origin.tolist()
+        origins.add((x, y))
+        expected = torch.from_numpy(row["plain_embedding"][:, y : y + 4, x : x + 4])
+        torch.testing.assert_close(made.embedding, expected, rtol=1e-3, atol=1e-3)
+    assert len(origins) > 1
+
+
+def test_padding_is_told_from_image(rng: np.random.Generator) -> None:
+    made = sample(make_row(rng, height=50, width=128), rng)
+    assert made.content_size.tolist() == [50, 128]
+    assert made.image[:, 50:].max() == 0
+    assert made.targets[:, 13:].sum() == 0
+
+
+def test_an_image_without_masks_teaches_its_embedding_alone(rng: np.random.Generator) -> None:
+    row = make_row(rng, masks=0)
+    assert sample(row, rng, embedding_shape=None) is None
+    made = sample(row, rng)
+    assert made.weight.sum() == 0
+    assert made.embedding.shape == (4, 8, 8)
+
+
+def test_a_single_mask_fills_all_places(rng: np.random.Generator) -> None:
+    made = sample(make_row(rng, masks=1), rng)
+    assert made.targets.shape == (6, 32, 32)
+    assert (made.weight == 1).all()
+
+
+def test_coverages_are_exact_quarters(rng: np.random.Generator) -> None:
+    made = sample(make_row(rng), rng)
+    assert set(made.targets.unique().tolist()) <= {0.0, 0.25, 0.5, 0.75, 1.0}
+
+
+@pytest.mark.parametrize(("option", "value"), [("crop_size", 40), ("crop_size", 0), ("min_zoom", 0.0)])
+def test_impossible_crops_are_refused(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=r"crop_size|zoom"):
+        SampleConfig(**{option: value})  # type: ignore[arg-type]
