@@ -27,7 +27,16 @@ def make_row(rng: np.random.Generator, height: int = 96, width: int = 128, masks
         frame[y : y + h, x : x + w] = True
         stride = schema.MASK_STRIDE
         shrunk = frame.reshape(SIZE // stride, stride, SIZE // stride, stride).mean((1, 3)) > 0.5
-        entries.append({**encode_rle(shrunk), "bbox": [x, y, w, h], "area": float(w * h), "point_coords": []})
+        rle = encode_rle(shrunk)
+        entries.append(
+            {
+                "size": rle["size"],
+                "counts": rle["counts"].encode(),
+                "bbox": [x, y, w, h],
+                "area": float(w * h),
+                "point_coords": [],
+            }
+        )
     embedding = rng.normal(size=(4, SIZE // 16, SIZE // 16)).astype(np.float32)
     return {
         "input_height": height,
