@@ -177,7 +177,7 @@ class CacheTeacherWorker(ShardWorker):
             with self.clock.stage("decode"):
                 original = decode_image(data)
                 out["height"], out["width"] = original.shape[:2]
-                check_input_frame(*original.shape[:2], self._image_size)
+                check_input_frame(original, self._image_size)
                 pixels = self._resize.apply_image(original)
                 out["input_height"], out["input_width"] = pixels.shape[:2]
                 jpeg = encode_jpeg(pixels, self._config.jpeg_quality)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -28,14 +28,13 @@ from pipelines.common.read_ahead import read_ahead
 from pipelines.common.shard_job import ShardJob
 from pipelines.common.shard_worker import Placement, ShardWorker
 from tinysam import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator, load
-from tinysam.everything.config import HierarchicalConfig
+from tinysam.everything.config import HierarchicalConfig, MaskGeneratorConfig
 from tinysam.lake import schema
 from tinysam.lake.fingerprint import fingerprint
 from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.index import read_image_bytes
 
 DEFAULT_STUDENT = "demo_student"
-HIERARCHICAL_ONLY = ("coarse_ratio", "high_score_thresh")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +64,11 @@ class LabelImagesConfig(ShardJobConfig):
             raise ValueError("--quantized runs on CPUs; leave --device out")
         if self.everything.output_mode != "coco_rle":
             raise ValueError("masks are stored as run lengths; leave --everything.output-mode out")
-        defaults = HierarchicalConfig()
-        changed = [name for name in HIERARCHICAL_ONLY if getattr(self.everything, name) != getattr(defaults, name)]
-        if self.generator == "flat" and changed:
-            flag = changed[0].replace("_", "-")
-            raise ValueError(f"--everything.{flag} is an option of --generator hierarchical; leave it out")
+        for option in fields(HierarchicalConfig):
+            changed = getattr(self.everything, option.name) != option.default
+            if changed and option.name not in self.generator_options():
+                flag = option.name.replace("_", "-")
+                raise ValueError(f"--everything.{flag} is an option of --generator hierarchical; leave it out")
         if self.min_area < 0:
             raise ValueError("--min-area must not be negative")
         if self.max_area is not None and self.max_area < self.min_area:
@@ -82,13 +81,15 @@ class LabelImagesConfig(ShardJobConfig):
         """What to load."""
         return self.quantized or self.student or DEFAULT_STUDENT
 
+    def generator_options(self) -> dict[str, Any]:
+        """Arguments of the mask generator."""
+        kind = HierarchicalConfig if self.generator == "hierarchical" else MaskGeneratorConfig
+        return {option.name: getattr(self.everything, option.name) for option in fields(kind)}
+
     def labelling(self) -> dict[str, Any]:
         """What decides about the masks beside the weights."""
-        options = asdict(self.everything)
-        if self.generator == "flat":
-            options = {name: value for name, value in options.items() if name not in HIERARCHICAL_ONLY}
-        # How many prompts are decoded at once changes memory and speed alone.
-        del options["points_per_batch"]
+        options = self.generator_options()
+        del options["points_per_batch"]  # changes memory and speed alone
         names = ("generator", "min_area", "max_area", "max_masks")
         return {"everything": options, **{name: getattr(self, name) for name in names}}
 
@@ -104,14 +105,8 @@ class LabelImagesWorker(ShardWorker):
         torch.backends.cudnn.deterministic = True
         sam = load(config.model).to(placement.device)
         self._image_size: int = sam.image_encoder.img_size
-        options = asdict(config.everything)
-        self._generator: SamAutomaticMaskGenerator
-        if config.generator == "hierarchical":
-            self._generator = SamHierarchicalMaskGenerator(sam, **options)
-        else:
-            for name in HIERARCHICAL_ONLY:
-                del options[name]
-            self._generator = SamAutomaticMaskGenerator(sam, **options)
+        kind = SamHierarchicalMaskGenerator if config.generator == "hierarchical" else SamAutomaticMaskGenerator
+        self._generator: SamAutomaticMaskGenerator = kind(sam, **config.generator_options())
 
     def metadata(self) -> dict[str, str]:
         """What the masks were made with."""
@@ -139,7 +134,7 @@ class LabelImagesWorker(ShardWorker):
                 data = read_image_bytes(row)
             with self.clock.stage("decode"):
                 pixels = decode_image(data)
-                check_input_frame(*pixels.shape[:2], self._image_size)
+                check_input_frame(pixels, self._image_size)
         except ImageError as error:
             return out | {"status": error.status, "error": str(error)}, None
         return out | {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels

@@ -6,6 +6,7 @@ configuration; 3 finished, but more images failed than ``--max-error-rate`` allo
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,8 @@ import yaml
 from rich.console import Console
 
 from tinysam.lake.filesystem import LakeError
+from tinysam.lake.fingerprint import to_plain
+from tinysam.lake.run_record import redact
 from tinysam.modeling.checkpoint import CheckpointError
 
 T = TypeVar("T")
@@ -33,7 +36,7 @@ class JobError(Exception):
 
 
 def parse_config(cls: type[T], argv: Sequence[str] | None = None, description: str | None = None) -> T:
-    """Builds ``cls`` from ``--config FILE`` (YAML), with the flags of ``argv`` on top.
+    """Builds the dataclass ``cls`` from ``--config FILE`` (YAML), with the flags of ``argv`` on top, and prints it.
 
     The file's keys are the flags' names, nested as the dataclasses are; dashes and underscores are the same::
 
@@ -41,13 +44,20 @@ def parse_config(cls: type[T], argv: Sequence[str] | None = None, description: s
         everything:
           points-per-side: 32
 
+    The help's first lines are ``description``, or the docstring of ``cls``.
+
     Exits with code 2, and a message without a traceback, for an unknown flag or key and for a value out of range.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     path, args = _take_config_path(args)
     if path is not None:
         args = [*_yaml_flags(path), *args]
-    return tyro.cli(cls, args=args, description=description)
+    about = description or inspect.getdoc(cls)
+    about = f"{about}\n\n--config FILE reads flags from a YAML file; flags on the command line win."
+    config = tyro.cli(cls, args=args, description=about)
+    text = yaml.safe_dump(redact(to_plain(config)), sort_keys=False, allow_unicode=True)
+    error_console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+    return config
 
 
 def _take_config_path(args: list[str]) -> tuple[str | None, list[str]]:
