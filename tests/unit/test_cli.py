@@ -1,0 +1,180 @@
+"""The ``tinysam`` command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from segment_anything.modeling import Sam
+
+from tinysam import SamPredictor, save_checkpoint
+from tinysam.cli import EXIT_ERROR, EXIT_OK, EXIT_USAGE, main
+from tinysam.lake.rle import decode_rle
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_sam: Sam, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("model") / "tiny.safetensors")
+    save_checkpoint(tiny_sam, path)
+    return path
+
+
+@pytest.fixture
+def photo(tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A picture in a folder of its own, which is also the working directory."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a photo.jpg"
+    coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize((96, 72), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+def test_help_is_there_before_anything_heavy_is_imported() -> None:
+    code = "import sys; from tinysam.cli import build_parser; build_parser(); print(sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for heavy in ("'torch'", "'numpy'", "'PIL'", "'pyarrow'", "'rich'"):
+        assert heavy not in modules
+
+
+@pytest.mark.parametrize("command", [[], ["segment"], ["everything"], ["weights"], ["report"]])
+def test_help_names_what_there_is(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--help"])
+    assert stop.value.code == EXIT_OK
+    shown = capsys.readouterr().out
+    expected = {"segment": "--point X,Y", "everything": "--points-per-side", "weights": "--from", "report": "--stages"}
+    for word in (expected[command[0]],) if command else expected:
+        assert word in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required"),
+        (["segment", "PHOTO", "--point", "12"], "'12' is not X,Y"),
+        (["segment", "PHOTO", "--point", "nan,3"], "'nan,3' is not X,Y"),
+        (["segment", "PHOTO", "--box", "1,2,3"], "'1,2,3' is not X0,Y0,X1,Y1"),
+        (["segment", "PHOTO"], "say what to segment"),
+        (["segment", "PHOTO", "--point", "1,2", "--label", "1", "--label", "0"], "1 points and 2 labels"),
+        (["segment", "PHOTO", "--point", "1,2", "--box", "1,1,5,5", "--box", "2,2,6,6"], "without points"),
+        (["segment", "PHOTO", "--point", "96,10"], "outside the image of 96 x 72 pixels"),
+        (["segment", "PHOTO", "--point", "1,2", "--out", "PHOTO"], "is the photo itself"),
+        (["segment", "PHOTO", "--point", "1,2", "--mask", "mask.txt"], "pictures are written as"),
+        (["everything", "PHOTO", "--out", "overlay"], "pictures are written as"),
+        (["weights", "sam_vit_x"], "'sam_vit_x' is not one of sam_vit_h,"),
+        (["report", "labels", "--images", "-1"], "images must lie in"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_code_2_and_says_why(
+    arguments: list[str], message: str, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main([str(photo) if word == "PHOTO" else word for word in arguments])
+    except SystemExit as stop:  # argparse's way
+        code = int(stop.code or 0)
+    assert code == EXIT_USAGE
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_everything_mode_are_checked(
+    photo: Path, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["everything", str(photo), "--model", checkpoint, "--points-per-side", "0"]) == EXIT_USAGE
+    assert "points_per_side must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["segment", "nowhere.jpg", "--point", "1,2"], "nowhere.jpg does not exist"),
+        (["segment", "broken.jpg", "--point", "1,2"], "broken.jpg: the first bytes are those of none of"),
+        (["everything", "PHOTO", "--model", "nowhere.safetensors"], "no such checkpoint"),
+        (["everything", "PHOTO", "--model", "mobile_sam"], "run `tinysam weights mobile_sam`"),
+        (["weights", "mobile_sam", "--from", "nowhere.pt"], "nowhere.pt does not exist"),
+        (["report", "nowhere"], "holds no shards of masks"),
+    ],
+)
+def test_a_failure_ends_with_code_1_and_no_traceback(
+    arguments: list[str], message: str, photo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TINYSAM_HOME", str(photo.parent / "home"))
+    (photo.parent / "broken.jpg").write_text("hello")
+    assert main([str(photo) if word == "PHOTO" else word for word in arguments]) == EXIT_ERROR
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert shown.startswith("tinysam: error: ")
+    assert "Traceback" not in shown
+
+
+def test_segment_gives_the_predictors_best_mask(
+    photo: Path, checkpoint: str, tiny_sam: Sam, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["segment", photo.name, "--point", "40,30", "--model", checkpoint, "--device", "cpu"]
+    assert main([*arguments, "--mask", "mask.png", "--json", "mask.json"]) == EXIT_OK
+
+    pixels = np.asarray(Image.open(photo))
+    predictor = SamPredictor(tiny_sam)
+    predictor.set_image(pixels)
+    masks, scores, _ = predictor.predict(np.array([[40.0, 30.0]]), np.array([1]), multimask_output=True)
+    expected = masks[scores.argmax()]
+    assert ((np.asarray(Image.open("mask.png")) > 0) == expected).all()
+    (annotation,) = json.loads(Path("mask.json").read_text())["annotations"]
+    assert (decode_rle(annotation["segmentation"]) == expected).all()
+    assert annotation["area"] == expected.sum()
+    assert annotation["predicted_iou"] == pytest.approx(scores.max(), abs=1e-5)
+    drawing = np.asarray(Image.open("a photo-segment.png"))
+    assert drawing.shape == pixels.shape
+    assert f"{expected.sum():,} pixels" in capsys.readouterr().out
+
+
+def test_points_off_the_object_and_a_box_are_passed_on(photo: Path, checkpoint: str, tiny_sam: Sam) -> None:
+    arguments = ["segment", str(photo), "--point", "40,30", "--label", "1", "--point", "10,60", "--label", "0"]
+    arguments += ["--box", "20,10,70,60", "--model", checkpoint, "--mask", "mask.png", "--device", "cpu"]
+    assert main(arguments) == EXIT_OK
+    predictor = SamPredictor(tiny_sam)
+    predictor.set_image(np.asarray(Image.open(photo)))
+    points, labels, box = np.array([[40.0, 30.0], [10.0, 60.0]]), np.array([1, 0]), np.array([20.0, 10.0, 70.0, 60.0])
+    masks, _, _ = predictor.predict(points, labels, box, multimask_output=False)
+    assert ((np.asarray(Image.open("mask.png")) > 0) == masks[0]).all()
+
+
+def test_each_of_several_boxes_gives_an_object(photo: Path, checkpoint: str) -> None:
+    boxes = ["--box", "5,5,40,40", "--box", "50,20,90,70"]
+    assert main(["segment", str(photo), *boxes, "--model", checkpoint, "--json", "out.json"]) == EXIT_OK
+    assert [a["id"] for a in json.loads(Path("out.json").read_text())["annotations"]] == [0, 1]
+
+
+@pytest.mark.parametrize("grid", [[], ["--flat"]])
+def test_everything_writes_a_picture_and_sa1bs_json(
+    grid: list[str], photo: Path, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["everything", str(photo), "--model", checkpoint, "--points-per-side", "4", "--device", "cpu", *grid]
+    arguments += ["--pred-iou-thresh", "-100", "--stability-score-thresh", "0"]
+    assert main([*arguments, "--out", "all.jpg", "--json", "all.json", "--points", "--boxes"]) == EXIT_OK
+    written = json.loads(Path("all.json").read_text())
+    assert written["image"] == {"file_name": photo.name, "height": 72, "width": 96}
+    assert written["annotations"]
+    for annotation in written["annotations"]:
+        assert decode_rle(annotation["segmentation"]).sum() == annotation["area"]
+    assert Image.open("all.jpg").size == (96, 72)
+    assert f"{len(written['annotations'])} mask" in capsys.readouterr().out
+
+
+def test_weights_lists_what_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TINYSAM_HOME", str(tmp_path))
+    assert main(["weights"]) == EXIT_OK
+    shown = capsys.readouterr().out
+    for name in ("sam_vit_h", "sam_vit_l", "sam_vit_b", "tinysam", "mobile_sam", "demo_teacher", "demo_student"):
+        assert name in shown
+
+
+def test_weights_that_come_with_the_package_are_only_pointed_at(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["weights", "demo_student"]) == EXIT_OK
+    assert "demo_student.safetensors" in capsys.readouterr().out
