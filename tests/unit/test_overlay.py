@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -54,6 +54,7 @@ def test_the_smaller_mask_lies_on_top_in_whichever_order_they_come() -> None:
         assert (layer[whole & ~part][:, :3] == mask_colours(2)[1 - index]).all()
 
 
+@settings(max_examples=30, deadline=None)
 @given(masks_of_any_size)
 def test_a_mask_is_drawn_alike_in_every_form(mask: np.ndarray) -> None:
     rle = encode_rle(mask)
@@ -63,6 +64,7 @@ def test_a_mask_is_drawn_alike_in_every_form(mask: np.ndarray) -> None:
         assert (mask_layer(*mask.shape, [form]) == expected).all()
 
 
+@settings(max_examples=30, deadline=None)
 @given(masks_of_any_size, st.integers(1, 50), st.integers(1, 50))
 def test_a_mask_of_another_size_is_scaled_to_the_nearest_pixel(mask: np.ndarray, height: int, width: int) -> None:
     rows = ((np.arange(height) + 0.5) * mask.shape[0] / height).astype(int)
