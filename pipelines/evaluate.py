@@ -93,8 +93,10 @@ class EvaluateConfig(ShardJobConfig):
             raise ValueError("--detections needs --annotations, the COCO file with its image ids, and the task box")
         if self.everything.output_mode != "coco_rle":
             raise ValueError("masks are compared as run lengths; leave --everything.output-mode out")
-        if min(self.bootstrap_samples, self.max_detections) < 1 or self.ap_bootstrap_samples < 0:
+        if min(self.bootstrap_samples, self.max_detections) < 1:
             raise ValueError("--bootstrap-samples and --max-detections must be at least 1")
+        if self.ap_bootstrap_samples < 0:
+            raise ValueError("--ap-bootstrap-samples must not be negative")
         self.eval_config()
 
     def eval_config(self) -> EvalConfig:

@@ -42,27 +42,27 @@ def average_precision(
 
     Returns:
         ``ap``, ``ap_50``, ``ap_75``, ``ap_small``, ``ap_medium``, ``ap_large``; NaN where no object is of that size,
-        and intervals for ``ap`` alone. ``n`` counts the objects, crowds left out.
+        and intervals for ``ap`` alone. ``n`` counts the objects of the size, crowds left out.
     """
     image_ids = {image["id"] for image in dataset["images"]}
     own = (annotation for annotation in dataset["annotations"] if annotation["image_id"] in image_ids)
     # pycocotools takes an object of id 0 for no object.
     annotations = [{"iscrowd": 0, **annotation, "id": number} for number, annotation in enumerate(own, start=1)]
     own_results = [dict(result) for result in results if result["image_id"] in image_ids]
-    objects = sum(not annotation["iscrowd"] for annotation in annotations)
-    if not objects:
+    if all(annotation["iscrowd"] for annotation in annotations):
         nothing = Metric(value=float("nan"), low=float("nan"), high=float("nan"), n=0, images=len(image_ids))
         return dict.fromkeys(("ap", "ap_50", "ap_75", "ap_small", "ap_medium", "ap_large"), nothing)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         evaluation = _evaluate({**dataset, "annotations": annotations}, own_results, max_detections, use_categories)
     precision = evaluation.eval["precision"][..., -1]  # thresholds, recalls, categories, areas
     thresholds = evaluation.params.iouThrs.round(2).tolist()
-    values = {
-        "ap": precision[..., _ALL],
-        "ap_50": precision[thresholds.index(0.5), ..., _ALL],
-        "ap_75": precision[thresholds.index(0.75), ..., _ALL],
-        **{f"ap_{name}": precision[..., area] for area, name in enumerate(("small", "medium", "large"), start=1)},
+    values = {  # and the area range that they are about
+        "ap": (precision[..., _ALL], _ALL),
+        "ap_50": (precision[thresholds.index(0.5), ..., _ALL], _ALL),
+        "ap_75": (precision[thresholds.index(0.75), ..., _ALL], _ALL),
+        **{f"ap_{name}": (precision[..., area], area) for area, name in enumerate(("small", "medium", "large"), 1)},
     }
+    objects = _objects_by_area(evaluation)
     low, high = _interval(evaluation, bootstrap_samples, seed)
     unknown = float("nan")
     return {
@@ -70,10 +70,10 @@ def average_precision(
             value=_mean(value),
             low=low if name == "ap" else unknown,
             high=high if name == "ap" else unknown,
-            n=objects,
+            n=objects[area],
             images=len(image_ids),
         )
-        for name, value in values.items()
+        for name, (value, area) in values.items()
     }
 
 
@@ -94,6 +94,11 @@ def _evaluate(
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
+
+
+def _objects_by_area(evaluation: COCOeval) -> list[int]:
+    counted = np.array([a["area"] for a in evaluation.cocoGt.dataset["annotations"] if not a["iscrowd"]])
+    return [int(((counted >= low) & (counted <= high)).sum()) for low, high in evaluation.params.areaRng]
 
 
 def _interval(evaluation: COCOeval, samples: int, seed: int) -> tuple[float, float]:

@@ -16,9 +16,7 @@ _FIXED_NAMES = {
     "ap_small": "mask AP, small",
     "ap_medium": "mask AP, medium",
     "ap_large": "mask AP, large",
-    "ap_single": "mask AP, single-mask output",
     "box_miou": "box mIoU",
-    "box_miou_single": "box mIoU, single-mask output",
     "best_match_miou": "everything: best-match mIoU",
     "masks_per_image": "everything: masks an image",
 }
@@ -35,7 +33,7 @@ def title(metric: str) -> str:
         limit, _, size = metric.removeprefix("ar_").partition("_")
         return f"everything: AR@{limit}" + (f", {size}" if size else "")
     if metric.endswith("_single"):
-        return title(metric.removesuffix("_single")) + ", single-mask output"
+        return title(metric.removesuffix("_single")) + ", single mask"
     return metric
 
 

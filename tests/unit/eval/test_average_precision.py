@@ -78,7 +78,10 @@ def test_all_values_are_pycocotools_own_summary(seed):
     expected = [float("nan") if value == -1 else value for value in evaluation.stats[:6]]
     names = ("ap", "ap_50", "ap_75", "ap_small", "ap_medium", "ap_large")
     np.testing.assert_allclose([found[name].value for name in names], expected)
-    assert found["ap"].n == sum(not a["iscrowd"] for a in dataset["annotations"])
+    counted = [a["area"] for a in dataset["annotations"] if not a["iscrowd"]]
+    assert found["ap"].n == found["ap_75"].n == len(counted)
+    assert found["ap_small"].n == sum(area <= 32**2 for area in counted)
+    assert found["ap_large"].n == sum(area >= 96**2 for area in counted)
 
 
 def test_the_interval_holds_the_value_and_repeats(rng):

@@ -29,7 +29,8 @@ def test_json_has_null_for_what_has_no_value():
         ("click_miou_5", "mIoU after 5 clicks"),
         ("ar_1000", "everything: AR@1000"),
         ("ar_1000_small", "everything: AR@1000, small"),
-        ("ap_75_single", "mask AP75, single-mask output"),
+        ("ap_75_single", "mask AP75, single mask"),
+        ("box_miou_single", "box mIoU, single mask"),
         ("box_miou", "box mIoU"),
     ],
 )
