@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from segment_anything.modeling import Sam
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 from torch.nn import functional as F
 
@@ -56,3 +57,34 @@ def photograph() -> np.ndarray:
     from skimage import data
 
     return np.ascontiguousarray(data.astronaut()[:420:3, :288:3])
+
+
+BuildSam = Callable[..., Sam]
+
+
+@pytest.fixture(scope="session")
+def build_decoder() -> BuildSam:
+    """Builds a Sam whose decoder has random weights, LayerNorms and biases included, and no image encoder."""
+
+    def build(
+        channels: int = 32, grid: tuple[int, int] = (6, 5), heads: int = 8, downsample: int = 2, seed: int = 0
+    ) -> Sam:
+        torch.manual_seed(seed)
+        transformer = TwoWayTransformer(
+            depth=2, embedding_dim=channels, num_heads=heads, mlp_dim=64, attention_downsample_rate=downsample
+        )
+        prompt_encoder = PromptEncoder(
+            embed_dim=channels,
+            image_embedding_size=grid,
+            input_image_size=(16 * grid[0], 16 * grid[1]),
+            mask_in_chans=16,
+        )
+        sam = Sam(nn.Identity(), prompt_encoder, MaskDecoder(transformer_dim=channels, transformer=transformer))
+        with torch.no_grad():
+            for name, parameter in sam.named_parameters():
+                parameter += (0.3 if parameter.ndim == 1 else 0.1) * torch.randn_like(parameter)
+                if "cross_attn" in name:
+                    parameter *= 2  # so that attention is far from uniform and updates are as large as what they update
+        return sam.eval().requires_grad_(False)
+
+    return build

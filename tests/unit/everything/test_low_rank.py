@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from segment_anything.modeling import Sam, TwoWayTransformer
+from torch import Tensor, nn
+
+from tinysam.everything.low_rank import LowRankDecoder, is_supported
+
+PROMPTS = ("point", "several points", "box", "box and points")
+
+
+def prompt_tokens(sam: Sam, kind: str, n: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    height, width = sam.prompt_encoder.input_image_size
+    size = torch.tensor([width, height])
+    points = torch.rand((n, 1 if kind == "point" else 3, 2), generator=generator) * size
+    labels = torch.randint(0, 2, points.shape[:2], generator=generator)
+    boxes = torch.rand((n, 2, 2), generator=generator).sort(1).values * size
+    sparse, _ = sam.prompt_encoder(
+        points=None if kind == "box" else (points, labels),
+        boxes=boxes.flatten(1) if "box" in kind else None,
+        masks=None,
+    )
+    return sparse
+
+
+def embedding_for(sam: Sam) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn((1, sam.prompt_encoder.embed_dim, *sam.prompt_encoder.image_embedding_size), generator=generator)
+
+
+def in_double(sam: Sam) -> Sam:
+    """``sam`` with a decoder in float64; its prompt encoder can only be float32."""
+    sam = copy.deepcopy(sam)
+    sam.mask_decoder.double()
+    sam.prompt_encoder.no_mask_embed.double()
+    return sam
+
+
+def reference(sam: Sam, embedding: Tensor, sparse: Tensor, multimask_output: bool) -> tuple[Tensor, Tensor]:
+    no_mask = sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+    return sam.mask_decoder(
+        image_embeddings=embedding,
+        image_pe=sam.prompt_encoder.get_dense_pe().to(embedding.dtype),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=no_mask.expand(len(sparse), *embedding.shape[1:]),
+        multimask_output=multimask_output,
+    )
+
+
+def by_low_rank(
+    sam: Sam, embedding: Tensor, sparse: Tensor, multimask_output: bool, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    decoder = LowRankDecoder(sam, dtype)
+    image = decoder.share(embedding)
+    decoded = decoder.decode(image, sparse, multimask_output)
+    return decoder.upscale(image, decoded), decoded.predicted_iou
+
+
+@pytest.mark.parametrize("multimask_output", [True, False])
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"heads": 4, "grid": (3, 7)},
+        {"downsample": 1, "heads": 2},
+        {"channels": 64, "grid": (2, 2)},
+        {"heads": 16, "grid": (1, 1)},
+    ],
+    ids=str,
+)
+def test_equals_sams_decoder_in_exact_arithmetic(
+    build_decoder: Callable[..., Sam], shape: dict, prompt: str, multimask_output: bool
+) -> None:
+    sam = build_decoder(**shape)
+    sparse, embedding = prompt_tokens(sam, prompt).double(), embedding_for(sam).double()
+    exact = in_double(sam)
+    masks, iou = reference(exact, embedding, sparse, multimask_output)
+    our_masks, our_iou = by_low_rank(exact, embedding, sparse, multimask_output)
+    assert masks.std(0).mean() > 0.02 * masks.std(), "masks must depend on the prompt"
+    torch.testing.assert_close(our_masks, masks, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(our_iou, iou, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_rounds_no_worse_than_sams_decoder_in_float32(build_decoder: Callable[..., Sam], prompt: str) -> None:
+    sam = build_decoder(channels=128, grid=(16, 16))
+    sparse, embedding = prompt_tokens(sam, prompt), embedding_for(sam)
+    exact, _ = reference(in_double(sam), embedding.double(), sparse.double(), True)
+
+    def error(masks: Tensor) -> float:
+        return float((masks - exact).norm() / exact.norm())
+
+    ours = error(by_low_rank(sam, embedding, sparse, True)[0])
+    assert ours < 1e-5
+    assert ours < 1.5 * error(reference(sam, embedding, sparse, True)[0])
+
+
+def test_bfloat16_products_keep_two_digits(build_decoder: Callable[..., Sam]) -> None:
+    sam = build_decoder(channels=64, grid=(8, 8))
+    sparse, embedding = prompt_tokens(sam, "point"), embedding_for(sam)
+    masks, iou = reference(sam, embedding, sparse, True)
+    our_masks, our_iou = by_low_rank(sam, embedding, sparse, True, torch.bfloat16)
+    assert our_masks.dtype == our_iou.dtype == torch.float32
+    assert 1e-4 < (our_masks - masks).norm() / masks.norm() < 3e-2
+    torch.testing.assert_close(our_iou, iou, rtol=3e-2, atol=3e-2)
+
+
+def test_prompts_do_not_depend_on_those_beside_them(build_decoder: Callable[..., Sam]) -> None:
+    sam = build_decoder()
+    sparse, embedding = prompt_tokens(sam, "point"), embedding_for(sam)
+    together, _ = by_low_rank(sam, embedding, sparse, True)
+    alone = torch.cat([by_low_rank(sam, embedding, sparse[i : i + 1], True)[0] for i in range(len(sparse))])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_selected_prompts_are_upscaled_alone(build_decoder: Callable[..., Sam]) -> None:
+    sam = build_decoder()
+    decoder = LowRankDecoder(sam)
+    image = decoder.share(embedding_for(sam))
+    decoded = decoder.decode(image, prompt_tokens(sam, "box"))
+    some = torch.tensor([3, 1])
+    torch.testing.assert_close(
+        decoder.upscale(image, decoded.select(some)), decoder.upscale(image, decoded)[some], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_other_decoders_are_refused(build_decoder: Callable[..., Sam]) -> None:
+    sam = build_decoder()
+    assert is_supported(sam.mask_decoder)
+    sam.mask_decoder.transformer = TwoWayTransformer(depth=3, embedding_dim=32, num_heads=8, mlp_dim=64)
+    assert not is_supported(sam.mask_decoder)
+    assert not is_supported(nn.Identity())
+    with pytest.raises(ValueError, match="two layers"):
+        LowRankDecoder(sam)
