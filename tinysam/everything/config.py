@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
+Precision = Literal["float32", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 OUTPUT_MODES: tuple[OutputMode, ...] = ("binary_mask", "uncompressed_rle", "coco_rle")
 
 
@@ -50,6 +52,9 @@ class MaskGeneratorConfig:
     output_mode: OutputMode = "binary_mask"
     """How a record holds its mask: an (H, W) bool array, a dict of run lengths, or COCO's compressed string."""
 
+    precision: Precision = "float32"
+    """Of the network's large products. bfloat16 is faster on processors that have it, and masks change slightly."""
+
     def __post_init__(self) -> None:
         for name, least in (
             ("points_per_batch", 1),
@@ -69,6 +74,8 @@ class MaskGeneratorConfig:
             raise ValueError(f"stability_score_offset must not be negative, not {self.stability_score_offset}")
         if self.output_mode not in OUTPUT_MODES:
             raise ValueError(f"output_mode must be one of {', '.join(OUTPUT_MODES)}, not {self.output_mode!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {self.precision!r}")
         if self.points_per_side is not None:
             if self.points_per_side < 1:
                 raise ValueError(f"points_per_side must be at least 1, not {self.points_per_side}")

@@ -1,4 +1,4 @@
-"""From an image and points to low-resolution mask logits."""
+"""From images and points to what the mask decoder takes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,20 @@ class EncodedImage:
 
 
 @torch.no_grad()
-def encode(sam: Sam, images: Sequence[np.ndarray]) -> list[EncodedImage]:
+def encode(sam: Sam, images: Sequence[np.ndarray], dtype: torch.dtype | None = None) -> list[EncodedImage]:
     """Embeds (H, W, 3) uint8 images, of any sizes, in one batch.
+
+    Args:
+        dtype: of the encoder's products, by autocast; the model's type by default.
 
     Raises:
         FloatingPointError: an embedding is not finite, as happens with damaged weights.
     """
     transform = ResizeLongestSide(sam.image_encoder.img_size)
     resized = [torch.from_numpy(transform.apply_image(image)).permute(2, 0, 1).to(sam.device) for image in images]
-    embeddings = sam.image_encoder(torch.stack([sam.preprocess(image) for image in resized]))
+    batch = torch.stack([sam.preprocess(image) for image in resized])
+    with torch.autocast(batch.device.type, dtype=dtype, enabled=dtype is not None):
+        embeddings = sam.image_encoder(batch).to(batch.dtype)
     if not torch.isfinite(embeddings).all():
         raise FloatingPointError("the image embedding holds NaN or infinity: the checkpoint's encoder is damaged")
     return [
@@ -52,31 +57,3 @@ def embed_points(sam: Sam, encoded: EncodedImage, points: np.ndarray) -> torch.T
     labels = torch.ones(coords.shape[:2], dtype=torch.int, device=sam.device)
     sparse, _ = sam.prompt_encoder(points=(coords, labels), boxes=None, masks=None)
     return sparse
-
-
-@torch.no_grad()
-def decode(sam: Sam, encoded: EncodedImage, sparse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decodes prompts by the model's own mask decoder.
-
-    Args:
-        sparse: (B, T, C) prompt tokens.
-
-    Returns:
-        low-resolution logits (B, 3, S, S) and predicted IoU (B, 3).
-
-    Raises:
-        FloatingPointError: a predicted IoU is not finite, as happens with damaged weights.
-    """
-    size = sam.prompt_encoder.image_embedding_size
-    logits, predicted_iou = sam.mask_decoder(
-        image_embeddings=encoded.embedding,
-        image_pe=sam.prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(
-            len(sparse), -1, *size
-        ),
-        multimask_output=True,
-    )
-    if not torch.isfinite(predicted_iou).all():
-        raise FloatingPointError("the predicted IoU is NaN or infinite: the checkpoint's mask decoder is damaged")
-    return logits, predicted_iou

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from segment_anything.modeling import Sam
 
 from tinysam.everything.candidates import Candidates
-from tinysam.everything.config import MaskGeneratorConfig, OutputMode
-from tinysam.everything.decoding import EncodedImage, decode, embed_points, encode
+from tinysam.everything.config import MaskGeneratorConfig, OutputMode, Precision
+from tinysam.everything.decoders import ImageDecoders, PromptDecoder
+from tinysam.everything.decoding import EncodedImage, embed_points, encode
 from tinysam.everything.grids import crops_of, layer_grids
-from tinysam.everything.mask_pass import MaskFrame, measure, probe
+from tinysam.everything.mask_pass import MaskFrame, mask_frame, measure, probe
 from tinysam.everything.nms import suppress_by_crop, suppress_by_quality, touches_crop_edge
 from tinysam.everything.run_lengths import to_segmentation
 from tinysam.everything.small_regions import remove_small_regions
@@ -22,6 +24,15 @@ from tinysam.predictor import check_image
 
 Pixels = tuple[np.ndarray, np.ndarray]
 NO_PIXELS: Pixels = (np.zeros(0, np.intp), np.zeros(0, np.intp))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """A crop, ready to be prompted."""
+
+    encoded: EncodedImage
+    decoder: PromptDecoder
+    frame: MaskFrame
 
 
 class SamAutomaticMaskGenerator:
@@ -49,6 +60,7 @@ class SamAutomaticMaskGenerator:
         point_grids: Sequence[ArrayLike] | None = None,
         min_mask_region_area: int = 0,
         output_mode: OutputMode = "binary_mask",
+        precision: Precision = "float32",
     ) -> None:
         """
         Args:
@@ -73,6 +85,7 @@ class SamAutomaticMaskGenerator:
             crop_n_points_downscale_factor=crop_n_points_downscale_factor,
             min_mask_region_area=min_mask_region_area,
             output_mode=output_mode,
+            precision=precision,
         )
         self._setup(model, config, point_grids)
 
@@ -124,42 +137,48 @@ class SamAutomaticMaskGenerator:
             for crop in crops_of(image.shape[:2], config.crop_n_layers, config.crop_overlap_ratio)
             if len(self.point_grids[crop.layer])
         ]
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else None
+        decoders = ImageDecoders(self.model, dtype)
         found: list[list[Candidates]] = [[] for _ in images]
         for start in range(0, len(work), encoder_batch_size):
             batch = work[start : start + encoder_batch_size]
             pixels = [images[index][crop.y0 : crop.y1, crop.x0 : crop.x1] for index, crop in batch]
-            for (index, crop), encoded in zip(batch, encode(self.model, pixels), strict=True):
-                frame = MaskFrame(
-                    crop=crop,
-                    image_size=images[index].shape[:2],
-                    input_size=encoded.input_size,
-                    model_size=self.model.image_encoder.img_size,
+            for (index, crop), encoded in zip(batch, encode(self.model, pixels, dtype), strict=True):
+                scene = Scene(
+                    encoded=encoded,
+                    decoder=decoders.of(encoded.embedding, prompts=len(self.point_grids[crop.layer]), tokens=2),
+                    frame=mask_frame(
+                        crop,
+                        images[index].shape[:2],
+                        encoded.input_size,
+                        self.model.image_encoder.img_size,
+                        self.model.prompt_encoder.mask_input_size,
+                    ),
                 )
-                candidates = self._segment(encoded, frame, self.point_grids[crop.layer])
+                candidates = self._segment(scene, self.point_grids[crop.layer])
                 found[index].append(suppress_by_quality(candidates, config.box_nms_thresh))
         return [self._finish(parts, image.shape[:2]) for parts, image in zip(found, images, strict=True)]
 
-    def _segment(self, encoded: EncodedImage, frame: MaskFrame, grid: np.ndarray) -> Candidates:
+    def _segment(self, scene: Scene, grid: np.ndarray) -> Candidates:
         """All masks of one crop that pass the filters, duplicates included."""
-        return self._segment_points(encoded, frame, grid * encoded.size[::-1])[0]
+        return self._segment_points(scene, grid * scene.encoded.size[::-1])[0]
 
     def _segment_points(
-        self, encoded: EncodedImage, frame: MaskFrame, points: np.ndarray, probed: Pixels = NO_PIXELS
+        self, scene: Scene, points: np.ndarray, probed: Pixels = NO_PIXELS
     ) -> tuple[Candidates, np.ndarray]:
         """The masks of ``points`` (N, 2), in pixels of the crop, that pass the filters.
 
         Returns:
             the masks, and (P,) the highest logit that any of them has at each of the crop's ``probed`` pixels.
         """
-        config, threshold = self.config, self.model.mask_threshold
+        config, frame = self.config, scene.frame
+        min_iou = config.pred_iou_thresh if config.pred_iou_thresh > 0 else -np.inf
         parts, highest = [], np.full(len(probed[0]), -np.inf, np.float32)
         for start in range(0, len(points), config.points_per_batch):
             batch = points[start : start + config.points_per_batch]
-            logits, predicted_iou = decode(self.model, encoded, embed_points(self.model, encoded, batch))
-            good = predicted_iou > config.pred_iou_thresh if config.pred_iou_thresh > 0 else predicted_iou > -np.inf
-            prompt = good.nonzero()[:, 0].cpu().numpy()
-            logits = logits[good]
-            measured = measure(logits, frame, threshold, config.stability_score_offset)
+            decoded = scene.decoder.decode(embed_points(self.model, scene.encoded, batch), min_iou)
+            prompt = decoded.kept.nonzero()[:, 0].cpu().numpy()
+            measured = measure(decoded.logits, frame, self.model.mask_threshold, config.stability_score_offset)
             kept = (measured.areas > 0) & ~touches_crop_edge(measured.boxes, frame.crop, frame.image_size)
             if config.stability_score_thresh > 0:
                 kept &= measured.stability_score >= config.stability_score_thresh
@@ -167,14 +186,14 @@ class SamAutomaticMaskGenerator:
                 run_lengths=measured.run_lengths,
                 boxes=measured.boxes,
                 areas=measured.areas,
-                predicted_iou=predicted_iou[good].cpu().numpy(),
+                predicted_iou=decoded.predicted_iou[decoded.kept].cpu().numpy(),
                 stability_score=measured.stability_score,
                 points=batch[prompt] + (frame.crop.x0, frame.crop.y0),
                 crop_boxes=np.tile(frame.crop.box, (len(prompt), 1)),
             )
             parts.append(candidates.select(kept))
             if len(highest) and kept.any():
-                highest = np.maximum(highest, probe(logits[kept], frame, *probed).max(0))
+                highest = np.maximum(highest, probe(decoded.logits[kept], frame, *probed).max(0))
         return Candidates.concatenate(parts), highest
 
     def _finish(self, parts: list[Candidates], image_size: tuple[int, int]) -> list[dict[str, Any]]:

@@ -9,11 +9,9 @@ from numpy.typing import ArrayLike
 from segment_anything.modeling import Sam
 
 from tinysam.everything.candidates import Candidates
-from tinysam.everything.config import HierarchicalConfig, OutputMode
-from tinysam.everything.decoding import EncodedImage
-from tinysam.everything.generator import SamAutomaticMaskGenerator
+from tinysam.everything.config import HierarchicalConfig, OutputMode, Precision
+from tinysam.everything.generator import SamAutomaticMaskGenerator, Scene
 from tinysam.everything.grids import coarse_grid, pixels_of
-from tinysam.everything.mask_pass import MaskFrame
 
 
 class SamHierarchicalMaskGenerator(SamAutomaticMaskGenerator):
@@ -45,6 +43,7 @@ class SamHierarchicalMaskGenerator(SamAutomaticMaskGenerator):
         output_mode: OutputMode = "binary_mask",
         coarse_ratio: float = 4,
         high_score_thresh: float = 8.5,
+        precision: Precision = "float32",
     ) -> None:
         """
         Args:
@@ -70,15 +69,16 @@ class SamHierarchicalMaskGenerator(SamAutomaticMaskGenerator):
             crop_n_points_downscale_factor=crop_n_points_downscale_factor,
             min_mask_region_area=min_mask_region_area,
             output_mode=output_mode,
+            precision=precision,
             coarse_ratio=coarse_ratio,
             high_score_thresh=high_score_thresh,
         )
         self._setup(model, config, point_grids)
 
-    def _segment(self, encoded: EncodedImage, frame: MaskFrame, grid: np.ndarray) -> Candidates:
-        scale = encoded.size[::-1]
-        dense = grid * scale
-        coarse = coarse_grid(grid, self.config.coarse_ratio) * scale
-        first, logits = self._segment_points(encoded, frame, coarse, probed=pixels_of(dense, encoded.size))
-        second, _ = self._segment_points(encoded, frame, dense[logits <= self.config.high_score_thresh])
+    def _segment(self, scene: Scene, grid: np.ndarray) -> Candidates:
+        size = scene.encoded.size
+        dense = grid * size[::-1]
+        coarse = coarse_grid(grid, self.config.coarse_ratio) * size[::-1]
+        first, logits = self._segment_points(scene, coarse, probed=pixels_of(dense, size))
+        second, _ = self._segment_points(scene, dense[logits <= self.config.high_score_thresh])
         return Candidates.concatenate([first, second])

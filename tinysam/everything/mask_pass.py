@@ -1,20 +1,21 @@
-"""From low-resolution logits to what is known of a mask at the original resolution."""
+"""From low-resolution logits to all that is known of a mask at the original resolution, in one pass.
+
+Stability, area, box and run lengths come out of one sweep over the columns of a mask; a full-resolution mask is never
+held, only a few columns of it. Columns and rows that cannot reach the lowest threshold are skipped, which is exact:
+resampled values are averages of their neighbours.
+"""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
-from segment_anything.utils.amg import (
-    batched_mask_to_box,
-    calculate_stability_score,
-    mask_to_rle_pytorch,
-    uncrop_masks,
-)
 
 from tinysam.everything.grids import Crop
+from tinysam.everything.resampling import Taps, composed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +36,34 @@ class MaskFrame:
     image_size: tuple[int, int]
     """(H, W) of the original image."""
 
-    input_size: tuple[int, int]
-    """(h, w) of the resized crop, padding excluded."""
+    rows: Taps
+    """From rows of logits to rows of the crop."""
 
-    model_size: int
-    """The model's image size: the side of the padded square that the low-resolution mask covers."""
+    columns: Taps
+    """From columns of logits to columns of the crop."""
 
 
-def upsample(low_res: torch.Tensor, frame: MaskFrame) -> torch.Tensor:
-    """Logits (N, S, S) resized to the crop (N, h, w), as ``Sam.postprocess_masks`` does."""
-    square = F.interpolate(low_res[:, None], (frame.model_size,) * 2, mode="bilinear", align_corners=False)
-    height, width = frame.input_size
-    return F.interpolate(square[..., :height, :width], frame.crop.size, mode="bilinear", align_corners=False)[:, 0]
+def mask_frame(
+    crop: Crop, image_size: tuple[int, int], input_size: tuple[int, int], model_size: int, low_size: tuple[int, int]
+) -> MaskFrame:
+    """The frame of a crop.
+
+    Args:
+        image_size: (H, W) of the original image.
+        input_size: (h, w) of the resized crop, padding excluded.
+        model_size: side of the padded square.
+        low_size: (h, w) of the low-resolution logits, which cover that square.
+    """
+    return MaskFrame(
+        crop=crop,
+        image_size=image_size,
+        rows=composed(low_size[0], model_size, input_size[0], crop.size[0]),
+        columns=composed(low_size[1], model_size, input_size[1], crop.size[1]),
+    )
 
 
 def measure(low_res: torch.Tensor, frame: MaskFrame, threshold: float, offset: float) -> MeasuredMasks:
-    """Thresholds N masks at the original resolution.
+    """Thresholds N masks at the original resolution, on as many threads as torch uses.
 
     Args:
         low_res: (N, S, S) logits.
@@ -58,20 +71,194 @@ def measure(low_res: torch.Tensor, frame: MaskFrame, threshold: float, offset: f
         threshold: pixels with a logit above it belong to the mask.
         offset: the stability score compares thresholds this far above and below.
     """
-    logits = upsample(low_res, frame)
-    stability = calculate_stability_score(logits, threshold, offset)
-    masks = logits > threshold
-    boxes = batched_mask_to_box(masks)
-    masks = uncrop_masks(masks, frame.crop.box, *frame.image_size)
-    corner = np.array([frame.crop.x0, frame.crop.y0, frame.crop.x0, frame.crop.y0])
+    logits = np.ascontiguousarray(low_res.float().cpu().numpy())
+    height, width = frame.image_size
+    rows, columns = frame.rows, frame.columns
+
+    def one(i: int) -> tuple[np.ndarray, np.ndarray]:
+        return _sweep(
+            logits[i],
+            (rows.start, rows.weights, rows.first, rows.last),
+            (columns.start, columns.weights),
+            (frame.crop.y0, frame.crop.x0, height, width),
+            (np.float32(threshold - offset), np.float32(threshold), np.float32(threshold + offset)),
+        )
+
+    threads = min(torch.get_num_threads(), len(logits))
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            results = list(pool.map(one, range(len(logits))))
+    else:
+        results = [one(i) for i in range(len(logits))]
+    statistics = np.array([result[1] for result in results], np.int64).reshape(-1, 7)
+    # An empty union gives NaN, as in segment-anything.
+    with np.errstate(invalid="ignore"):
+        stability = statistics[:, 5].astype(np.float32) / statistics[:, 6].astype(np.float32)
     return MeasuredMasks(
-        run_lengths=[np.array(rle["counts"], np.uint32) for rle in mask_to_rle_pytorch(masks)],
-        boxes=boxes.cpu().numpy() + corner,
-        areas=masks.sum((1, 2)).cpu().numpy(),
-        stability_score=stability.cpu().numpy(),
+        run_lengths=[result[0] for result in results],
+        boxes=statistics[:, :4],
+        areas=statistics[:, 4],
+        stability_score=stability,
     )
 
 
 def probe(low_res: torch.Tensor, frame: MaskFrame, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The (N, P) logits of N masks at P pixels of the crop."""
-    return upsample(low_res, frame)[:, rows, columns].cpu().numpy()
+    """The (N, P) float32 logits of N masks (N, S, S) at P pixels of the crop."""
+    logits = low_res.float().cpu().numpy()
+    row_weights, column_weights = frame.rows.weights[:, rows], frame.columns.weights[:, columns]
+    row_index = frame.rows.start[rows] + np.arange(len(row_weights))[:, None]
+    column_index = frame.columns.start[columns] + np.arange(len(column_weights))[:, None]
+    taps = logits[:, row_index[:, None], column_index[None]]  # (N, K, K, P)
+    return np.einsum("nijp,ip,jp->np", taps, row_weights, column_weights)
+
+
+@numba.njit(cache=True, nogil=True)
+def _extents(logits, low):  # type: ignore[no-untyped-def]
+    """The first and last row of each column of ``logits`` that is above ``low``; (n_rows, -1) where none is."""
+    n_rows, n_columns = logits.shape
+    first = np.full(n_columns, n_rows, np.int64)
+    last = np.full(n_columns, -1, np.int64)
+    for r in range(n_rows):
+        for c in range(n_columns):
+            if logits[r, c] > low:
+                first[c] = min(first[c], r)
+                last[c] = r
+    return first, last
+
+
+@numba.njit(cache=True, nogil=True)
+def _resample(column, start, weights, top, bottom, out):  # type: ignore[no-untyped-def]
+    """Writes rows ``top`` to ``bottom`` of a resampled column to ``out``."""
+    # A loop for each tap keeps the inner loops free of branches, so that they are vectorised.
+    for y in range(top, bottom):
+        out[y] = weights[0, y] * column[start[y]]
+    for k in range(1, len(weights)):
+        for y in range(top, bottom):
+            out[y] += weights[k, y] * column[start[y] + k]
+
+
+@numba.njit(cache=True, nogil=True)
+def _threshold(values, begin, end, thresholds, bits):  # type: ignore[no-untyped-def]
+    """Writes whether values are above the middle threshold to ``bits``; the number above low, middle and high."""
+    low, middle, high = thresholds
+    n_low, n_middle, n_high = 0, 0, 0
+    for y in range(begin, end):
+        n_low += values[y] > low
+        n_high += values[y] > high
+        on = values[y] > middle
+        n_middle += on
+        bits[y - begin] = on
+    return n_low, n_middle, n_high
+
+
+@numba.njit(cache=True, nogil=True)
+def _next_change(words, i, length, inside):  # type: ignore[no-untyped-def]
+    """The first position from ``i`` on whose bit, a byte each in ``words``, is not ``inside``; ``length`` if none."""
+    bits = words.view(np.uint8)
+    same = np.uint64(0x0101010101010101) if inside else np.uint64(0)
+    while i < length:
+        if i % 8 == 0:
+            while i + 8 <= length and words[i // 8] == same:
+                i += 8
+            if i >= length:
+                break
+        if bits[i] != inside:
+            break
+        i += 1
+    return min(i, length)
+
+
+@numba.njit(cache=True, nogil=True)
+def _sweep(logits, rows, columns, place, thresholds):  # type: ignore[no-untyped-def]
+    """Sweeps one mask column by column.
+
+    Args:
+        logits: (S, S) float32.
+        rows: ``Taps`` along y as a tuple (start, weights, first, last).
+        columns: ``Taps`` along x as a tuple (start, weights).
+        place: (y0, x0, height, width): the crop's corner in the original image, and that image's size.
+        thresholds: low, middle and high, float32.
+
+    Returns:
+        uint32 run lengths in the original image, and int64 (x0, y0, x1, y1, area, pixels above the high threshold,
+        pixels above the low one); the box is inclusive, and zeros for an empty mask.
+    """
+    row_start, row_weights, row_first, row_last = rows
+    column_start, column_weights = columns
+    y0, x0, full_height, full_width = place
+    height, width = row_weights.shape[1], column_weights.shape[1]
+    n_taps = len(column_weights)
+
+    first, last = _extents(logits, thresholds[0])
+    top, bottom = 0, 0
+    if last.max() >= 0:
+        top, bottom = row_first[first.min()], row_last[last.max()] + 1
+    # Columns of logits resampled along y: the last few of them, column c in slot c modulo their number.
+    ring = np.empty((n_taps, height), np.float32)
+    in_ring = np.full(n_taps, -1, np.int64)
+    column = np.empty(len(logits), np.float32)
+    values = np.empty(height, np.float32)
+    words = np.empty(height // 8 + 1, np.uint64)
+
+    runs, n_runs = np.empty(256, np.uint32), 0
+    run_start, inside = 0, False  # of the current run: its first pixel, and whether it is of the mask
+    area, n_high, n_low = 0, 0, 0
+    left, upper, right, lower = full_width, full_height, -1, -1
+    for x in range(width):
+        begin, end = len(logits), -1
+        for c in range(column_start[x], column_start[x] + n_taps):
+            begin, end = min(begin, first[c]), max(end, last[c])
+        n_middle = 0
+        if end >= 0:
+            begin, end = row_first[begin], row_last[end] + 1
+            for k in range(n_taps):
+                c = column_start[x] + k
+                slot = c % n_taps
+                if in_ring[slot] != c:
+                    in_ring[slot] = c
+                    for r in range(len(logits)):
+                        column[r] = logits[r, c]
+                    _resample(column, row_start, row_weights, top, bottom, ring[slot])
+                weight = column_weights[k, x]
+                if k == 0:
+                    for y in range(begin, end):
+                        values[y] = weight * ring[slot, y]
+                else:
+                    for y in range(begin, end):
+                        values[y] += weight * ring[slot, y]
+            above_low, n_middle, above_high = _threshold(values, begin, end, thresholds, words.view(np.uint8))
+            area, n_high, n_low = area + n_middle, n_high + above_high, n_low + above_low
+        if n_middle == 0:
+            begin, end = 0, 0
+
+        origin = (x0 + x) * full_height + y0  # where this column begins in the original image
+        length = end - begin
+        if len(runs) < n_runs + length + 4:
+            grown = np.empty(2 * (n_runs + length + 4), np.uint32)
+            grown[:n_runs] = runs[:n_runs]
+            runs = grown
+        if inside and (begin > 0 or n_middle == 0):
+            runs[n_runs], run_start, inside = origin - run_start, origin, False
+            n_runs += 1
+        i = 0
+        while i < length:
+            change = _next_change(words, i, length, inside)
+            if inside and change > i:  # a stretch of the mask
+                left, right = min(left, x0 + x), x0 + x
+                upper, lower = min(upper, y0 + begin + i), max(lower, y0 + begin + change - 1)
+            i = change
+            if i < length or (inside and (end < height or height < full_height)):
+                runs[n_runs], run_start, inside = origin + begin + i - run_start, origin + begin + i, not inside
+                n_runs += 1
+
+    total = full_height * full_width
+    if inside and x0 + width < full_width:
+        end = (x0 + width) * full_height
+        runs[n_runs], run_start = end - run_start, end
+        n_runs += 1
+    if run_start < total:
+        runs[n_runs] = total - run_start
+        n_runs += 1
+    if area == 0:
+        left, upper, right, lower = 0, 0, 0, 0
+    return runs[:n_runs].copy(), np.array([left, upper, right, lower, area, n_high, n_low], np.int64)

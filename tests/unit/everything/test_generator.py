@@ -12,7 +12,7 @@ import torch
 from segment_anything.modeling import Sam
 
 from tinysam import SamAutomaticMaskGenerator
-from tinysam.everything import MaskGeneratorConfig
+from tinysam.everything import MaskGeneratorConfig, decoders
 
 # Thresholds that the blobs of `blob_sam` pass in part.
 BLOB_OPTIONS = {"points_per_side": 8, "pred_iou_thresh": 0.75, "stability_score_thresh": 0.6}
@@ -102,6 +102,45 @@ def test_equals_segment_anything_with_the_real_decoder(
     ours = SamAutomaticMaskGenerator(sam, **options).generate(photograph)
     assert at_least <= len(reference) < 75 * (1 + 4 * options.get("crop_n_layers", 0)), "some pass and some do not"
     assert_same_records(ours, reference)
+
+
+@pytest.mark.parametrize(
+    ("options", "at_least"), [({"box_nms_thresh": 1.0}, 20), ({}, 1), ({"crop_n_layers": 1, "box_nms_thresh": 1.0}, 1)]
+)
+def test_equals_segment_anything_with_the_low_rank_decoder(
+    leveled_sam: tuple[Sam, dict[str, Any]],
+    photograph: np.ndarray,
+    options: dict[str, Any],
+    at_least: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # At this model's size the plain decoder is cheaper, and would be chosen.
+    monkeypatch.setattr(decoders, "low_rank_pays", lambda *_: True)
+    sam, thresholds = leveled_sam
+    options = {**thresholds, **options}
+    reference = segment_anything.SamAutomaticMaskGenerator(sam, **options).generate(photograph)
+    ours = SamAutomaticMaskGenerator(sam, **options).generate(photograph)
+    assert_same_records(ours, reference, at_least)
+
+
+@pytest.mark.parametrize("low_rank", [True, False])
+def test_bfloat16_finds_nearly_the_same_masks(
+    leveled_sam: tuple[Sam, dict[str, Any]], photograph: np.ndarray, low_rank: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoders, "low_rank_pays", lambda *_: low_rank)
+    sam, options = leveled_sam
+    options = {**options, "box_nms_thresh": 1.0}
+    exact = SamAutomaticMaskGenerator(sam, **options).generate(photograph)
+    rounded = SamAutomaticMaskGenerator(sam, **options, precision="bfloat16").generate(photograph)
+    assert len(rounded) == pytest.approx(len(exact), rel=0.3)
+
+    def best_match(record: dict[str, Any]) -> float:
+        mask = record["segmentation"]
+        others = [r["segmentation"] for r in exact if r["point_coords"] == record["point_coords"]]
+        return max(((mask & other).sum() / (mask | other).sum() for other in others), default=0.0)
+
+    assert np.median([best_match(record) for record in rounded]) > 0.95
+    assert any(r["area"] not in [e["area"] for e in exact] for r in rounded), "bfloat16 should have an effect"
 
 
 @pytest.mark.parametrize("output_mode", ["uncompressed_rle", "coco_rle"])
@@ -247,6 +286,7 @@ def test_damaged_weights_are_reported(tiny_sam: Sam, photograph: np.ndarray, par
         ({"stability_score_offset": -1.0}, "stability_score_offset"),
         ({"min_mask_region_area": -1}, "min_mask_region_area"),
         ({"output_mode": "polygon"}, "output_mode"),
+        ({"precision": "float16"}, "precision"),
     ],
 )
 def test_wrong_options_are_named(blob_sam: Sam, options: dict[str, Any], message: str) -> None:
