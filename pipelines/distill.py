@@ -110,6 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache = _limited(open_cache(config.cache, config.repeat), config.limit)
     teacher_name = _teacher_name(config, cache)
     _check_teacher(teacher_name, cache)
+    if cache.embedding_shape is not None and config.samples.alters_pixels:
+        raise JobError(
+            "the cached embeddings belong to unaltered pixels; leave --samples.flip, --samples.color-jitter and the "
+            "zoom out, or train on ground truth alone from a cache made with --teacher none"
+        )
     if _error_rate(config.cache) > config.max_error_rate:
         error_console.print(f"more than {config.max_error_rate:.0%} of the cached images failed: see their run.json")
         return EXIT_TOO_MANY_ERRORS

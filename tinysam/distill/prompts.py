@@ -109,7 +109,9 @@ def sample_points(regions: torch.Tensor, generator: torch.Generator) -> torch.Te
     weights = torch.where(regions.flatten(1).any(1, keepdim=True), weights, torch.ones_like(weights))
     index = torch.multinomial(weights, 1, generator=generator)[:, 0]
     low_res = torch.stack([index % width, index // width], 1)
-    return (low_res + torch.rand((n, 2), generator=generator)) * LOW_RES_STRIDE
+    # Below 1 by more than float32's rounding: 63 + 0.99999994 would be 64, a pixel beyond the mask.
+    within = torch.rand((n, 2), generator=generator) * (1 - 2**-10)
+    return (low_res + within) * LOW_RES_STRIDE
 
 
 def next_points(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +49,14 @@ def test_every_pixel_of_a_region_can_be_drawn() -> None:
     points = sample_points(region.expand(500, -1, -1), seeded())
     drawn = {tuple(p) for p in (points / 4).long().tolist()}
     assert drawn == {(2, 1), (0, 3)}
+
+
+def test_the_last_pixel_is_not_rounded_out_of_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    almost_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
+    monkeypatch.setattr(torch, "rand", lambda size, generator: almost_one.expand(size))
+    region = torch.zeros(1, 256, 256, dtype=torch.bool)
+    region[0, 255, 255] = True
+    assert hit(sample_points(region, seeded()), region).all()
 
 
 def test_prompts_repeat_under_a_seed() -> None:
