@@ -98,8 +98,13 @@ def line_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *,
     lines, names = [], []
     for index, (name, points) in enumerate(series.items()):
         colour = f"var(--series-{index % SERIES_COLOURS})"
-        path = " ".join(f"{x.place(px):.2f},{100 - y.place(py):.2f}" for px, py in _thin(points))
-        lines.append(f'<polyline points="{path}" style="stroke:{colour}"><title>{escape(name)}</title></polyline>')
+        # A line that goes nowhere has round ends: a dot.
+        drawn = _thin(points) if len(points) > 1 else np.repeat(points, 2, axis=0)
+        path = " ".join(f"{x.place(px):.2f},{100 - y.place(py):.2f}" for px, py in drawn)
+        lines.append(
+            f'<polyline{" class=dot" if len(points) == 1 else ""} points="{path}" style="stroke:{colour}">'
+            f"<title>{escape(name)}</title></polyline>"
+        )
         names.append(
             f'<li><i style="background:{colour}"></i>{escape(name)} <b>{_compact(float(points[-1, 1]))}</b></li>'
         )

@@ -20,15 +20,14 @@ from tinysam.lake.shards import SHARDS_FOLDER
 from tinysam.report import charts
 from tinysam.report.pictures import Picture, count_rows, find_rows, make_pictures, relocated
 from tinysam.report.scan import ImageRef, LabelFigures, SampleSizes, scan
-from tinysam.report.stages import Stage, human_seconds, in_order, read_stage
+from tinysam.report.stages import Stage, in_order, read_stage
+from tinysam.report.text import clip, figure, human_seconds, percent
 
 MOST_BYTES = 20_000_000
 """No page is larger."""
 PICTURE_BYTES = 14_000_000
 """Of those, what all pictures may take."""
 MOST_SHOWN = 96
-MOST_NAME = 300
-"""Characters of a name or message that the page repeats."""
 HEADLINES = {"ap": "Mask AP", "box_miou": "Box mIoU", "click_miou_1": "One-click mIoU"}
 """Metrics of which the first one there is stands at the top of the page."""
 
@@ -148,10 +147,10 @@ def _render(**values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "clip": _clip,
+        "clip": clip,
         "duration": human_seconds,
-        "percent": _percent,
-        "figure": _figure,
+        "percent": percent,
+        "figure": figure,
     }
     source, _, _ = jinja2.PackageLoader("tinysam.report", "templates").get_source(environment, "report.js")
     script_hash = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode("ascii")
@@ -175,22 +174,22 @@ def _label_charts(figures: LabelFigures) -> list[tuple[str, str, Markup]]:
     return [
         (
             "Masks per image",
-            f"mean {_figure(per_image.mean)}, median {_figure(per_image.quantile(0.5))}",
+            f"mean {figure(per_image.mean)}, median {figure(per_image.quantile(0.5))}",
             charts.histogram_chart(per_image, describe=lambda v: f"{v + 0.5:.0f}", unit="images"),
         ),
         (
             "Mask area, share of the image",
             _size_shares(figures),
-            charts.histogram_chart(area, describe=_percent, unit="masks", log=True),
+            charts.histogram_chart(area, describe=percent, unit="masks", log=True),
         ),
         (
             "Predicted IoU",
-            f"mean {_figure(iou.mean)}, 10 % below {_figure(iou.quantile(0.1))}",
+            f"mean {figure(iou.mean)}, 10 % below {figure(iou.quantile(0.1))}",
             charts.histogram_chart(iou, describe=lambda v: f"{v:.3g}", unit="masks"),
         ),
         (
             "Stability score",
-            f"mean {_figure(stability.mean)}, 10 % below {_figure(stability.quantile(0.1))}",
+            f"mean {figure(stability.mean)}, 10 % below {figure(stability.quantile(0.1))}",
             charts.histogram_chart(stability, describe=lambda v: f"{v:.3g}", unit="masks"),
         ),
     ]
@@ -200,7 +199,7 @@ def _size_shares(figures: LabelFigures) -> str:
     """How many masks are small, medium and large, by COCO's bounds."""
     if not figures.masks:
         return ""
-    return ", ".join(f"{_percent(figures.sizes[name] / figures.masks)} {name}" for name in ("small", "medium", "large"))
+    return ", ".join(f"{percent(figures.sizes[name] / figures.masks)} {name}" for name in ("small", "medium", "large"))
 
 
 def _headline_quality(stages: list[Stage], label: Stage | None) -> tuple[str, float, str] | None:
@@ -223,21 +222,3 @@ def _same_model(model: str, label: str) -> bool:
     """Whether an evaluation would call ``model`` so: by the last part of its path."""
     name = model.rstrip("/").rsplit("/", 1)[-1]
     return bool(name) and label in (name, name.rsplit(".", 1)[0])
-
-
-def _clip(text: str | None, most: int = MOST_NAME) -> str:
-    text = text or ""
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _percent(share: float | None) -> str:
-    if share is None:
-        return "–"
-    percent = 100 * share
-    return f"{percent:.0f} %" if percent >= 10 or percent == 0 else f"{percent:.2g} %"
-
-
-def _figure(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -22,7 +22,7 @@ from tinysam.lake.parquet_file import open_parquet
 from tinysam.overlay import mask_layer
 from tinysam.report.scan import ImageRef, read_masks
 
-SIDE = 480
+SIDE = 640
 """Longest side of a picture, in pixels."""
 
 REMEDY = "Delete it and run the job that wrote it again."

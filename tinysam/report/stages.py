@@ -14,6 +14,7 @@ from typing import Any
 from tinysam.lake.filesystem import LakeError, MissingError, join, read_bytes, redact_url
 from tinysam.lake.run_record import RunRecord, read_run_record, redact
 from tinysam.report.quality import QualityTable, read_quality
+from tinysam.report.text import human_bytes, human_seconds, percent
 
 HISTORY_FILE = "history.csv"
 MOST_TEXT = 20_000
@@ -30,6 +31,10 @@ TITLES = {
 }
 _LOSS_COLUMNS = ("loss", "embedding", "token", "output", "focal", "dice", "iou")
 _LOSS_NAMES = {"loss": "total", "iou": "IoU"}
+_QUANTIZATION = (
+    *("bytes_int8_encoder", "bytes_float_encoder", "seconds_int8", "seconds_engine_fp32", "seconds_torch_fp32"),
+    *("mask_iou", "mask_iou_90", "layers_int8", "layers"),
+)
 _SCORE_COLUMNS = {"val_box": "box", "val_click": "one click", "val_click_best": "one click, best of three"}
 
 
@@ -71,7 +76,7 @@ class Stage:
         parts = {name: float(seconds) for name, seconds in split.items() if _is_number(seconds) and seconds > 0}
         total = sum(parts.values())
         return [
-            (name.replace("_", " "), seconds, f"{human_seconds(seconds)} ({seconds / total:.0%})")
+            (name.replace("_", " "), seconds, f"{human_seconds(seconds)} ({percent(seconds / total)})")
             for name, seconds in parts.items()
         ]
 
@@ -87,8 +92,33 @@ class Stage:
     def facts(self) -> list[tuple[str, str]]:
         """What only this job has to say, as far as it fits a line each."""
         extra = self.record.extra if self.record else {}
-        named = [(name.replace("_", " "), _fact(name, value)) for name, value in _flat(extra) if name != "finished"]
+        left_out = {"finished", *(_QUANTIZATION if self.quantization else ())}
+        named = [(name.replace("_", " "), _fact(name, value)) for name, value in _flat(extra) if name not in left_out]
         return [(name, text) for name, text in named if text][:MOST_FACTS]
+
+    @property
+    def quantization(self) -> list[tuple[str, str, str]]:
+        """What quantizing gained and cost: title, figure and what to compare it with."""
+        extra = self.record.extra if self.record else {}
+        found = {name: float(extra[name]) for name in _QUANTIZATION if _is_number(extra.get(name))}
+        if self.job != "quantize" or len(found) < len(_QUANTIZATION):
+            return []
+        size, float_size = found["bytes_int8_encoder"], found["bytes_float_encoder"]
+        seconds, float_seconds = found["seconds_int8"], found["seconds_engine_fp32"]
+        return [
+            ("Encoder in int8", human_bytes(size), f"{percent(size / float_size)} of {human_bytes(float_size)}"),
+            (
+                "Encoder, an image",
+                f"{1000 * seconds:.0f} ms",
+                f"float {1000 * float_seconds:.0f} ms, torch {1000 * found['seconds_torch_fp32']:.0f} ms",
+            ),
+            (
+                "Agreement of masks",
+                f"{found['mask_iou']:.3f}",
+                f"IoU with the float model’s; {percent(found['mask_iou_90'])} above 0.9",
+            ),
+            ("Layers in int8", f"{found['layers_int8']:.0f}", f"of {found['layers']:.0f}"),
+        ]
 
     @property
     def config_text(self) -> str:
@@ -144,28 +174,6 @@ def in_order(stages: list[Stage]) -> list[Stage]:
     """The stages in the order in which a student comes about; unknown jobs last, in the order given."""
     known = list(TITLES)
     return sorted(stages, key=lambda stage: known.index(stage.job) if stage.job in known else len(known))
-
-
-def human_seconds(seconds: float) -> str:
-    """75 → "1 min 15 s"."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours / 24:.1f} days"
-
-
-def human_bytes(count: float) -> str:
-    """1536 → "1.5 KiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if abs(count) < 1024 or unit == "TiB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
 
 
 def _read_record(url: str) -> RunRecord | None:

@@ -126,7 +126,20 @@ def make_stages(tmp_path: Path) -> Callable[[], dict[str, Path]]:
             job="quantize",
             config={"api_key": "hunter2"},
             fingerprint="c",
-            extra={"encoder_bytes": 3 << 20, "note": "fine"},
+            extra={
+                "finished": True,
+                "engine": "openvino",
+                "calibration_bytes": 3 << 20,
+                "layers": 40,
+                "layers_int8": 38,
+                "bytes_float_encoder": 8 << 20,
+                "bytes_int8_encoder": 2 << 20,
+                "mask_iou": 0.9712,
+                "mask_iou_90": 0.95,
+                "seconds_torch_fp32": 0.2,
+                "seconds_engine_fp32": 0.1,
+                "seconds_int8": 0.05,
+            },
         ).write(str(folders["quantized"]))
         models = {"demo_teacher": 0.9, "demo_student": 0.8}
         results = {

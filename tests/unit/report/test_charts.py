@@ -76,6 +76,10 @@ def test_flat_and_tiny_curves_are_drawn(values: list[float]) -> None:
         assert chart.count("<polyline") == 1
 
 
+def test_a_single_point_is_a_dot() -> None:
+    assert re.search(r"<polyline class=dot points=\"([\d.]+,[\d.]+) \1\"", line_chart({"loss": ([10.0], [2.0])}))
+
+
 def test_a_bar_is_split_by_size_in_the_order_asked_for() -> None:
     bar = share_bar([("read", 1.0, "1 s"), ("segment", 3.0, "3 s")], order=["segment", "read"])
     assert numbers(bar, "width") == [75.0, 25.0]

@@ -88,7 +88,7 @@ def test_all_stages_of_a_demo_are_on_one_page(make_labels: MakeLabels, make_stag
     labels, stages = make_labels({f"img{i}.png": [0.95] for i in range(3)}), make_stages()
     _, document = rendered(labels, stages=tuple(map(str, stages.values())))
     anchors = {attrs.get("id") for _, attrs in document.tags}
-    assert {"pictures", "distributions", "speed", "training", "quality", "provenance"} <= anchors
+    assert {"pictures", "distributions", "speed", "training", "quantization", "quality", "provenance"} <= anchors
     links = {str(attrs["href"]) for tag, attrs in document.tags if tag == "a"}
     assert {link.removeprefix("#") for link in links} <= anchors
     for expected in ("Cache 5.0 s 8 images/s", "Distil 1 min 0 s", "Box mIoU 0.800 held out", "mIoU after 2 clicks"):

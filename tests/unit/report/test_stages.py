@@ -10,7 +10,7 @@ import pytest
 
 from tinysam.lake.filesystem import LakeError
 from tinysam.lake.run_record import RunRecord
-from tinysam.report.stages import Stage, human_bytes, human_seconds, in_order, read_stage
+from tinysam.report.stages import Stage, in_order, read_stage
 
 MakeStages = Callable[[], dict[str, Path]]
 
@@ -44,9 +44,19 @@ def test_an_evaluation_has_tables_clicks_and_a_part_for_each_model(make_stages: 
 def test_time_and_facts_are_written_for_people(make_stages: MakeStages) -> None:
     folders = make_stages()
     cache, quantized = read_stage(str(folders["cache"])), read_stage(str(folders["quantized"]))
-    assert cache.time_parts == [("embed", 9.0, "9.0 s (100%)")]
-    assert ("encoder bytes", "3.0 MiB") in quantized.facts
+    assert cache.time_parts == [("embed", 9.0, "9.0 s (100 %)")]
+    assert quantized.facts == [("engine", "openvino"), ("calibration bytes", "3.0 MiB")]
     assert "hunter2" not in quantized.config_text
+
+
+def test_quantization_is_set_against_the_float_model(make_stages: MakeStages, tmp_path: Path) -> None:
+    shown = {title: (value, note) for title, value, note in read_stage(str(make_stages()["quantized"])).quantization}
+    assert shown["Encoder in int8"] == ("2.0 MiB", "25 % of 8.0 MiB")
+    assert shown["Encoder, an image"] == ("50 ms", "float 100 ms, torch 200 ms")
+    assert shown["Agreement of masks"][0] == "0.971"
+    assert shown["Layers in int8"] == ("38", "of 40")
+    RunRecord(job="quantize", config={}, fingerprint="f", extra={"layers": 3}).write(str(tmp_path / "unfinished"))
+    assert read_stage(str(tmp_path / "unfinished")).quantization == []
 
 
 def test_secrets_are_blanked_even_in_a_record_that_another_program_wrote(tmp_path: Path) -> None:
@@ -84,18 +94,3 @@ def test_a_run_that_says_little_is_shown_with_what_there_is(tmp_path: Path) -> N
     RunRecord(job="label_images", config={}, fingerprint="f", versions={}, machine={}).write(str(tmp_path))
     stage: Stage = read_stage(str(tmp_path))
     assert (stage.time_parts, stage.facts, stage.machine, stage.finished) == ([], [], "", None)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.25, "0.2 s"), (42.4, "42 s"), (75, "1 min 15 s"), (7384, "2 h 3 min"), (400_000, "4.6 days")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert human_seconds(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(12, "12 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB"), (5 << 50, "5,120.0 TiB")]
-)
-def test_sizes(count: float, text: str) -> None:
-    assert human_bytes(count) == text

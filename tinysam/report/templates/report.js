@@ -9,7 +9,8 @@ for (const picture of document.querySelectorAll(".picture")) {
   const open = () => {
     const copy = frame.cloneNode(true);
     copy.removeAttribute("role");
-    copy.style.setProperty("--ratio", picture.style.getPropertyValue("--ratio"));
+    copy.removeAttribute("tabindex");
+    dialog.style.setProperty("--ratio", picture.style.getPropertyValue("--ratio"));
     dialog.firstElementChild.replaceWith(copy);
     dialog.lastElementChild.textContent = picture.querySelector("figcaption").innerText.replace(/\s+/g, " ");
     dialog.showModal();
