@@ -8,6 +8,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ class LocalS3:
 
 
 @contextmanager
-def local_s3(folder: Path, buckets: Sequence[str], *, start_seconds: float = 30.0) -> Iterator[LocalS3]:
+def local_s3(folder: Path, buckets: Sequence[str], *, start_seconds: float = 60.0) -> Iterator[LocalS3]:
     """Serves ``folder`` for as long as the context lasts; each folder in it is a bucket, ``buckets`` are made.
 
     The server's log is ``FOLDER.log`` beside it.
@@ -68,8 +69,11 @@ def local_s3(folder: Path, buckets: Sequence[str], *, start_seconds: float = 30.
     log = folder.with_name(f"{folder.name}.log")
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [program, "serve", "s3", "--addr", "127.0.0.1:0", "--vfs-cache-mode", "off", str(folder)],
-            stdin=subprocess.DEVNULL,
+            [
+                *(sys.executable, __file__),
+                *(program, "serve", "s3", "--addr", "127.0.0.1:0", "--vfs-cache-mode", "off", str(folder)),
+            ],
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=_rclone_environment(f'"{access_key},{secret_key}"'),
@@ -79,12 +83,28 @@ def local_s3(folder: Path, buckets: Sequence[str], *, start_seconds: float = 30.
         endpoint = _wait_until_serving(process, log, start_seconds)
         yield LocalS3(endpoint=endpoint, access_key=access_key, secret_key=secret_key)
     finally:
-        process.terminate()
+        process.communicate()  # closes its stdin, and waits
+
+
+def supervise(command: Sequence[str]) -> int:
+    """Runs ``command`` until it ends or this process's stdin does; returns its exit code.
+
+    Whatever way the process at the other end of stdin dies, SIGKILL included, the system closes the pipe: no server
+    outlives the program that it was started for.
+    """
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+    def stop_at_end_of_input() -> None:
+        while os.read(sys.stdin.fileno(), 1024):  # sys.stdin's own lock, held here, would abort a normal exit
+            continue
+        server.terminate()
         try:
-            process.wait(_STOP_SECONDS)
+            server.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+            server.kill()
+
+    threading.Thread(target=stop_at_end_of_input, daemon=True).start()
+    return server.wait()
 
 
 def _rclone() -> str:
@@ -114,3 +134,7 @@ def _wait_until_serving(process: subprocess.Popen[bytes], log: Path, seconds: fl
         if time.monotonic() > deadline:
             raise LocalS3Error(f"rclone did not serve within {seconds:.0f} s; see {log}")
         time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    sys.exit(supervise(sys.argv[1:]))

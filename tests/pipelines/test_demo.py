@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from pipelines.common.demo_lake import BROKEN, DemoLake, DemoLakeError, build_de
 from pipelines.distill import DistillConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.label_images import LabelImagesConfig
+from pipelines.quantize import QuantizeConfig
 from tinysam.cli import build_parser
 from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.index import IndexConfig, build_index, read_image_bytes
@@ -57,9 +59,10 @@ def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_each_command_is_one_that_its_job_accepts(lake: DemoLake, tmp_path: Path) -> None:
     stages = demo.plan(demo.DemoConfig(), lake, "s3://bucket", tmp_path / "report.html")
-    configs = {
+    configs: dict[str, type[Any]] = {
         "pipelines/cache_teacher.py": CacheTeacherConfig,
         "pipelines/distill.py": DistillConfig,
+        "pipelines/quantize.py": QuantizeConfig,
         "pipelines/label_images.py": LabelImagesConfig,
         "pipelines/evaluate.py": EvaluateConfig,
     }

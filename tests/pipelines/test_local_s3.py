@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -11,6 +14,8 @@ import pytest
 from pipelines.common import local_s3 as module
 from pipelines.common.local_s3 import LocalS3Error, local_s3
 from tinysam.lake.filesystem import LakeError, list_files, read_bytes, write_once
+
+ROOT = Path(__file__).parents[2]
 
 
 def _answers(endpoint: str) -> bool:
@@ -47,6 +52,21 @@ def test_server_stops_when_the_work_fails(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="work failed"):
         work()
     assert not _answers(endpoints[0])
+
+
+def test_server_stops_when_its_program_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from pipelines.common.local_s3 import local_s3\n"
+        "with local_s3(Path(sys.argv[1]), []) as server:\n"
+        "    print(server.endpoint, flush=True); os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "served")]
+    endpoint = subprocess.run(command, stdout=subprocess.PIPE, cwd=ROOT, check=False).stdout.decode().strip()
+    assert endpoint.startswith("http://127.0.0.1:")
+    deadline = time.monotonic() + 60
+    while _answers(endpoint) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _answers(endpoint)
 
 
 def test_keys_differ_between_servers_and_are_not_shown(tmp_path: Path) -> None:
