@@ -16,7 +16,7 @@ Format = Callable[[float], str]
 BARS = 40
 POINTS = 400
 """Points of a curve that are drawn; more would only make the page larger."""
-SERIES_COLOURS = 7
+SERIES_COLOURS = 8
 """Colours that the style sheet names ``--series-0`` and so on."""
 
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tinysam.eval.results import title
 from tinysam.lake.filesystem import LakeError, MissingError, join, read_bytes, redact_url
 
 RESULTS_FILE = "results.json"
@@ -73,6 +72,8 @@ def read_quality(url: str) -> list[QualityTable]:
 
 
 def _table(name: str, dataset: Mapping[str, Any]) -> QualityTable:
+    from tinysam.eval.results import title  # loads torch, which a report without an evaluation need not wait for
+
     columns = dict(list(dataset["checkpoints"].items())[:MOST_COLUMNS])
     metrics = [entry["metrics"] for entry in columns.values()]
     keys = list(dict.fromkeys(key for values in metrics for key in values))[:MOST_ROWS]
