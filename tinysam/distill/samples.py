@@ -160,7 +160,7 @@ def _choose_window(
     # Sides and origins on the embedding's grid keep image, masks and embedding aligned.
     side = min(EMBEDDING_STRIDE * max(1, round(crop / zoom / EMBEDDING_STRIDE)), image_size)
     place = []
-    anchor = masks[rng.integers(len(masks))]["bbox"] if masks else None
+    anchor = masks[int(rng.integers(len(masks)))]["bbox"] if masks else None
     for axis, length in ((0, content[1]), (1, content[0])):
         last = max(0, -(-length // EMBEDDING_STRIDE) * EMBEDDING_STRIDE - side)
         if anchor is None:

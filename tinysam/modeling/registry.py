@@ -66,9 +66,9 @@ class SamConfig:
         kind = encoder.pop("kind", None)
         if kind not in kinds:
             raise ValueError(f"unknown image encoder {kind!r}; this version knows {', '.join(kinds)}")
-        lists_to_tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in encoder.items()}
+        options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in encoder.items()}
         try:
-            return cls(**{**values, "encoder": kinds[kind](**lists_to_tuples)})
+            return cls(**{**values, "encoder": kinds[kind](**options)})
         except TypeError as error:
             raise ValueError(f"model config does not fit this version: {error}") from error
 
