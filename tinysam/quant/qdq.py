@@ -1,0 +1,132 @@
+"""Integer graphs: QuantizeLinear and DequantizeLinear around the layers, placed by ONNX Runtime's quantizer.
+
+Every activation gets one scale, every output channel of a weight its own, all symmetric (``x ≈ scale * q`` with q an
+int8). Biases, and everything that is no layer, stay float. Engines turn a layer whose inputs are dequantized into an
+integer kernel; OpenVINO does so for all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, TensorData, TensorsData
+
+from tinysam.quant.graph import Layer
+
+LARGEST = 127
+"""The range of an int8 is used from -127 to 127, as integer kernels prefer it; -128 is left out."""
+
+_PRODUCER = "tinysam"
+
+
+def insert_qdq(model: onnx.ModelProto, layers: Sequence[Layer], scales: Mapping[str, float]) -> onnx.ModelProto:
+    """Quantizes ``layers`` of a float graph and leaves the others as they are.
+
+    Args:
+        model: a graph of :func:`tinysam.quant.graph.export_graph`; not changed.
+        layers: some of its layers.
+        scales: step of each of their activations, positive.
+
+    Returns:
+        The QDQ graph, with int8 weights.
+
+    Raises:
+        ValueError: if a scale is missing or not positive.
+    """
+    activations = {name for layer in layers for name in layer.inputs}
+    bad = sorted(name for name in activations if not scales.get(name, 0.0) > 0.0)
+    if bad:
+        raise ValueError(f"no positive scale for the activations {', '.join(bad)}")
+    if not layers:
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    ranges = {name: _range(LARGEST * scales[name]) for name in activations}
+    with _quiet():
+        quantizer = QDQQuantizer(
+            copy,
+            per_channel=True,
+            reduce_range=False,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QInt8,
+            tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
+            nodes_to_quantize=[layer.name for layer in layers],
+            nodes_to_exclude=[],
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "QuantizeBias": False,
+                # A result is rounded only where the next layer takes it as input: one rounding instead of two.
+                "OpTypesToExcludeOutputQuantization": ["Conv", "Gemm", "MatMul"],
+                "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
+            },
+        )
+        quantizer.quantize_model()
+    _keep_others_float(quantizer.model.graph(), {layer.name for layer in layers})
+    quantizer.model.topological_sort()
+    quantized = quantizer.model.model
+    quantized.producer_name = _PRODUCER
+    return quantized
+
+
+def activation_scales(model: onnx.ModelProto) -> dict[str, float]:
+    """The scale of each quantized activation of a QDQ graph."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    return {
+        node.input[0]: float(numpy_helper.to_array(constants[node.input[1]]))
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear"
+    }
+
+
+def weight_scales(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """The scales of each quantized layer's weight, (output channels,) float32, by the layer's name."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    scale_of = {
+        node.output[0]: constants[node.input[1]]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants
+    }
+    return {
+        node.name: np.atleast_1d(numpy_helper.to_array(scale_of[node.input[1]]))
+        for node in model.graph.node
+        if len(node.input) > 1 and node.input[1] in scale_of
+    }
+
+
+def _range(bound: float) -> TensorData:
+    return TensorData(lowest=np.float32(-bound), highest=np.float32(bound))
+
+
+def _keep_others_float(graph: onnx.GraphProto, quantized: set[str]) -> None:
+    """Gives every node but the layers the activation as it was: the quantizer rounds it for all that read it.
+
+    What reads a layer's input beside the layer is a residual connection, whose rounding errors would add up.
+    """
+    source = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    original = {
+        node.output[0]: source[node.input[0]]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in source
+    }
+    for node in graph.node:
+        if node.name not in quantized:
+            node.input[:] = [original.get(name, name) for name in node.input]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Holds back the quantizer's warnings, which go to the root logger: it advises to optimise the graph first."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)

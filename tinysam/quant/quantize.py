@@ -1,0 +1,202 @@
+"""Plain static W8A8 of a Sam's image encoder."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx
+import torch
+from segment_anything.modeling import Sam
+
+from tinysam.predictor import ResizeLongestSide, check_image
+from tinysam.quant.budget import layers_over_budget
+from tinysam.quant.errors import layer_errors
+from tinysam.quant.fold import fold_batch_norm
+from tinysam.quant.graph import Layer, LayerKind, export_graph, find_layers
+from tinysam.quant.observe import MinMaxObserver, Observer, PercentileObserver, observe
+from tinysam.quant.qdq import LARGEST, activation_scales, insert_qdq, weight_scales
+from tinysam.runtime import EngineImageEncoder
+
+BUDGET_IMAGES = 2
+"""Calibration images on which ``QuantizationConfig.max_error`` is measured."""
+
+
+class QuantizationError(Exception):
+    """A model that cannot be quantized as asked; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """How the encoder is quantized: 8-bit weights and activations, symmetric, one scale for each activation tensor and
+    one for each output channel of a weight."""
+
+    percentile: float = 100.0
+    """An activation's range covers this percentage of the values seen in calibration, and what is beyond is clipped.
+    100: the range from the smallest to the largest value seen (min-max)."""
+    float_layers: tuple[str, ...] = ()
+    """Shell patterns of layers that stay in float, such as "neck.*"; calibration.json lists the layers' names."""
+    max_error: float | None = None
+    """Largest relative error that the embedding may have on calibration images. Where it is larger, the layers that
+    hurt most stay in float, as few as suffice. None: no layer stays in float for its error."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"percentile must be above 0 and at most 100, got {self.percentile}")
+        if self.max_error is not None and self.max_error <= 0:
+            raise ValueError(f"max_error must be positive, got {self.max_error}")
+
+    def make_observer(self) -> Observer:
+        """A fresh observer for one activation."""
+        return MinMaxObserver() if self.percentile == 100 else PercentileObserver(self.percentile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What became of a layer."""
+
+    name: str
+    kind: LayerKind
+    precision: Literal["int8", "float32"]
+    reason: str | None = None
+    """Why it stayed in float."""
+    activation_scales: tuple[float, ...] = ()
+    """Step of each of its activations."""
+    weight_scales: tuple[float, ...] = ()
+    """Steps of its weight, one for each output channel."""
+    relative_error: float | None = None
+    """Error of its result on held-out images when only this layer is quantized; see ``layer_errors``."""
+    sensitivity: float | None = None
+    """Error of the embedding when only this layer is quantized; measured where a budget was exceeded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedEncoder:
+    """An image encoder as graphs that engines run."""
+
+    model: onnx.ModelProto
+    """The QDQ graph."""
+    float_model: onnx.ModelProto
+    """The float32 graph that it was made from."""
+    layers: tuple[LayerReport, ...]
+    """Every convolution, linear layer and product of activations, in the order of execution."""
+
+    @property
+    def num_int8(self) -> int:
+        """Quantized layers."""
+        return sum(layer.precision == "int8" for layer in self.layers)
+
+
+@torch.no_grad()
+def preprocess(sam: Sam, image: np.ndarray) -> np.ndarray:
+    """What ``sam``'s image encoder sees of an image: (H, W, 3) uint8 RGB to (1, 3, S, S) float32, normalised."""
+    resized = ResizeLongestSide(sam.image_encoder.img_size).apply_image(check_image(image))
+    return sam.preprocess(torch.from_numpy(resized).permute(2, 0, 1)[None].to(sam.device)).cpu().numpy()
+
+
+def quantize_encoder(
+    sam: Sam,
+    images: Sequence[np.ndarray],
+    held_out: Sequence[np.ndarray],
+    config: QuantizationConfig,
+    *,
+    num_threads: int | None = None,
+    on_image: Callable[[], None] = lambda: None,
+    on_layer: Callable[[], None] = lambda: None,
+) -> QuantizedEncoder:
+    """Quantizes the image encoder of ``sam``: every convolution, linear layer and product of activations.
+
+    BatchNorm is folded first; LayerNorm, softmax, GELU, biases and residual connections stay float. The result depends
+    on the arguments alone. Memory is bounded by ``observe.GROUP_BYTES`` beside the encoder's own.
+
+    Args:
+        sam: on the CPU, in eval mode; not changed.
+        images: the calibration images, (H, W, 3) uint8 RGB.
+        held_out: other images, on which the layers' errors are measured.
+        config: how to quantize.
+        num_threads: CPU threads; None: as many as torch uses.
+        on_image: called after each calibration image.
+        on_layer: called for each layer whose sensitivity was measured; see ``config.max_error``.
+
+    Raises:
+        QuantizationError: if the encoder is quantized already, there is no image, or no layer is left to quantize.
+        FloatingPointError: if the encoder's activations are not finite.
+    """
+    if isinstance(sam.image_encoder, EngineImageEncoder):
+        raise QuantizationError("this model is quantized already; start from the float checkpoint that it was made of")
+    if not images or not held_out:
+        raise QuantizationError("quantization needs at least one calibration image and one held-out image")
+    threads = num_threads or torch.get_num_threads()
+    float_model = export_graph(fold_batch_norm(sam.image_encoder), sam.image_encoder.img_size)
+    layers = find_layers(float_model)
+    inputs = [preprocess(sam, image) for image in images]
+    tensors = list(dict.fromkeys(name for layer in layers for name in layer.inputs))
+    bounds = observe(float_model, tensors, inputs, config.make_observer, num_threads=threads, on_image=on_image)
+    scales = {name: bound / LARGEST for name, bound in bounds.items()}
+
+    reasons = _reasons_for_float(layers, scales, config.float_layers)
+    chosen = [layer for layer in layers if layer.name not in reasons]
+    sensitivity: dict[str, float] = {}
+    if config.max_error is not None and chosen:
+        sensitivity = layers_over_budget(
+            float_model,
+            chosen,
+            scales,
+            inputs[:BUDGET_IMAGES],
+            config.max_error,
+            num_threads=threads,
+            on_layer=on_layer,
+        )
+        reasons |= dict.fromkeys(sensitivity, f"the embedding's error would exceed {config.max_error:g}")
+        chosen = [layer for layer in chosen if layer.name not in sensitivity]
+    if not chosen:
+        raise QuantizationError("no layer is left to quantize; take fewer float_layers, or a larger max_error")
+
+    model = insert_qdq(float_model, chosen, scales)
+    onnx.checker.check_model(model)
+    errors = layer_errors(
+        float_model, model, chosen, (preprocess(sam, image) for image in held_out), num_threads=threads
+    )
+    steps, weights = activation_scales(model), weight_scales(model)
+    return QuantizedEncoder(
+        model=model,
+        float_model=float_model,
+        layers=tuple(
+            LayerReport(
+                name=layer.name,
+                kind=layer.kind,
+                precision="float32",
+                reason=reasons[layer.name],
+                sensitivity=sensitivity.get(layer.name),
+            )
+            if layer.name in reasons
+            else LayerReport(
+                name=layer.name,
+                kind=layer.kind,
+                precision="int8",
+                activation_scales=tuple(steps[name] for name in layer.inputs),
+                weight_scales=tuple(weights[layer.name].tolist()) if layer.weight else (),
+                relative_error=errors[layer.name].relative_error,
+            )
+            for layer in layers
+        ),
+    )
+
+
+def _reasons_for_float(
+    layers: Sequence[Layer], scales: dict[str, float], float_layers: Sequence[str]
+) -> dict[str, str]:
+    unknown = [pattern for pattern in float_layers if not fnmatch.filter([layer.name for layer in layers], pattern)]
+    if unknown:
+        raise QuantizationError(f"float_layers: no layer is called {', '.join(unknown)}")
+    reasons = {}
+    for layer in layers:
+        if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in float_layers):
+            reasons[layer.name] = "float_layers names it"
+        elif any(scales[name] == 0.0 for name in layer.inputs):
+            # No step can be derived from zeros alone, and one that is made up would round other images to nothing.
+            reasons[layer.name] = "an input of it is 0 on every calibration image"
+    return reasons

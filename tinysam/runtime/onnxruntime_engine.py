@@ -1,0 +1,76 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from tinysam.runtime.engine import Engine, EngineConfig, EngineError, EngineName, ExecutedLayer
+
+_LOG_ERRORS_ONLY = 3
+_INTEGER_KERNEL = re.compile("^(QLinear|QGemm|QAttention|ConvInteger|MatMulInteger|DynamicQuantize)")
+
+
+class OnnxRuntimeEngine(Engine):
+    """An ONNX graph optimised by ONNX Runtime, in float32 where it is not integer.
+
+    Of a QDQ graph it runs in integers only what stands between quantized tensors on both sides; a convolution whose
+    output is float is computed in float32 on the rounded values, which gives the same result more slowly.
+
+    Raises:
+        EngineError: if ONNX Runtime cannot load the graph.
+    """
+
+    name: EngineName = "onnxruntime"
+    precision = "fp32"
+
+    def __init__(self, model: bytes, config: EngineConfig) -> None:
+        self._model = model
+        self.num_threads = config.resolved_threads()
+        self._session = self._open(self._options())
+        graph_input, graph_output = self._session.get_inputs()[0], self._session.get_outputs()[0]
+        self._input_name = graph_input.name
+        self.input_shape, self.output_shape = tuple(graph_input.shape), tuple(graph_output.shape)
+
+    def run(self, array: np.ndarray) -> np.ndarray:
+        return self._session.run(None, {self._input_name: np.ascontiguousarray(array, dtype=np.float32)})[0]
+
+    def executed_layers(self) -> list[ExecutedLayer]:
+        # ONNX Runtime shows its optimised graph only by writing it to a file.
+        with tempfile.TemporaryDirectory(prefix="tinysam-") as folder:
+            options = self._options()
+            options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+            self._open(options)
+            graph = onnx.load(options.optimized_model_filepath).graph
+        return [
+            ExecutedLayer(name=n.name, kind=n.op_type, precision="i8" if _INTEGER_KERNEL.match(n.op_type) else "f32")
+            for n in graph.node
+        ]
+
+    def _options(self) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.num_threads
+        options.log_severity_level = _LOG_ERRORS_ONLY
+        return options
+
+    def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
+        try:
+            return ort.InferenceSession(self._model, options, providers=["CPUExecutionProvider"])
+        except (RuntimeError, ValueError, *_FAILURES) as error:
+            raise EngineError(f"ONNX Runtime {ort.__version__} cannot run this graph: {error}") from error
+
+
+# Its exceptions derive from Exception alone and have no public common base.
+_FAILURES = (
+    ort.capi.onnxruntime_pybind11_state.Fail,
+    ort.capi.onnxruntime_pybind11_state.InvalidArgument,
+    ort.capi.onnxruntime_pybind11_state.InvalidGraph,
+    ort.capi.onnxruntime_pybind11_state.InvalidProtobuf,
+    ort.capi.onnxruntime_pybind11_state.NotImplemented,
+    ort.capi.onnxruntime_pybind11_state.RuntimeException,
+)
