@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -13,9 +15,9 @@ from segment_anything.modeling import Sam
 
 from tinysam.everything.candidates import Candidates
 from tinysam.everything.config import MaskGeneratorConfig, OutputMode, Precision
-from tinysam.everything.decoders import ImageDecoders, PromptDecoder
+from tinysam.everything.decoders import DecodedPrompts, ImageDecoders, PromptDecoder
 from tinysam.everything.decoding import EncodedImage, embed_points, encode
-from tinysam.everything.grids import crops_of, layer_grids
+from tinysam.everything.grids import Crop, crops_of, layer_grids
 from tinysam.everything.mask_pass import MaskFrame, mask_frame, measure, probe
 from tinysam.everything.nms import suppress_by_crop, suppress_by_quality, touches_crop_edge
 from tinysam.everything.run_lengths import to_segmentation
@@ -41,8 +43,10 @@ class SamAutomaticMaskGenerator:
     The one difference in results: a mask without a pixel is never returned, whatever the thresholds.
     """
 
-    __slots__ = ("config", "model", "point_grids")
+    __slots__ = ("config", "model", "point_grids", "seconds")
     config: MaskGeneratorConfig
+    seconds: dict[str, float]
+    """Spent by all calls so far: to ``encode`` images, ``decode`` prompts and turn logits into ``masks``."""
 
     def __init__(
         self,
@@ -93,6 +97,15 @@ class SamAutomaticMaskGenerator:
         self.model = model
         self.config = config
         self.point_grids = layer_grids(config, point_grids)
+        self.seconds = {"encode": 0.0, "decode": 0.0, "masks": 0.0}
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
 
     @classmethod
     def from_config(cls, model: Sam, config: MaskGeneratorConfig) -> Self:
@@ -128,7 +141,12 @@ class SamAutomaticMaskGenerator:
         Args:
             images: as for ``generate``.
             encoder_batch_size: images or crops that are embedded together; more than one pays on a GPU only.
+
+        Raises:
+            ValueError: ``encoder_batch_size`` is below 1; and what ``generate`` raises.
         """
+        if encoder_batch_size < 1:
+            raise ValueError(f"encoder_batch_size must be at least 1, not {encoder_batch_size}")
         images = [check_image(image) for image in images]
         config = self.config
         work = [
@@ -143,21 +161,26 @@ class SamAutomaticMaskGenerator:
         for start in range(0, len(work), encoder_batch_size):
             batch = work[start : start + encoder_batch_size]
             pixels = [images[index][crop.y0 : crop.y1, crop.x0 : crop.x1] for index, crop in batch]
-            for (index, crop), encoded in zip(batch, encode(self.model, pixels, dtype), strict=True):
-                scene = Scene(
-                    encoded=encoded,
-                    decoder=decoders.of(encoded.embedding, prompts=len(self.point_grids[crop.layer]), tokens=2),
-                    frame=mask_frame(
-                        crop,
-                        images[index].shape[:2],
-                        encoded.input_size,
-                        self.model.image_encoder.img_size,
-                        self.model.prompt_encoder.mask_input_size,
-                    ),
-                )
+            with self._stage("encode"):
+                encoded = encode(self.model, pixels, dtype)
+            for (index, crop), one in zip(batch, encoded, strict=True):
+                image_size = images[index].shape[:2]
+                scene = self._scene(crop, image_size, one, decoders)
                 candidates = self._segment(scene, self.point_grids[crop.layer])
                 found[index].append(suppress_by_quality(candidates, config.box_nms_thresh))
         return [self._finish(parts, image.shape[:2]) for parts, image in zip(found, images, strict=True)]
+
+    def _scene(self, crop: Crop, image_size: tuple[int, int], encoded: EncodedImage, decoders: ImageDecoders) -> Scene:
+        with self._stage("decode"):
+            decoder = decoders.of(encoded.embedding, prompts=len(self.point_grids[crop.layer]), tokens=2)
+        frame = mask_frame(
+            crop,
+            image_size,
+            encoded.input_size,
+            self.model.image_encoder.img_size,
+            self.model.prompt_encoder.mask_input_size,
+        )
+        return Scene(encoded=encoded, decoder=decoder, frame=frame)
 
     def _segment(self, scene: Scene, grid: np.ndarray) -> Candidates:
         """All masks of one crop that pass the filters, duplicates included."""
@@ -176,25 +199,34 @@ class SamAutomaticMaskGenerator:
         parts, highest = [], np.full(len(probed[0]), -np.inf, np.float32)
         for start in range(0, len(points), config.points_per_batch):
             batch = points[start : start + config.points_per_batch]
-            decoded = scene.decoder.decode(embed_points(self.model, scene.encoded, batch), min_iou)
-            prompt = decoded.kept.nonzero()[:, 0].cpu().numpy()
-            measured = measure(decoded.logits, frame, self.model.mask_threshold, config.stability_score_offset)
-            kept = (measured.areas > 0) & ~touches_crop_edge(measured.boxes, frame.crop, frame.image_size)
-            if config.stability_score_thresh > 0:
-                kept &= measured.stability_score >= config.stability_score_thresh
-            candidates = Candidates(
-                run_lengths=measured.run_lengths,
-                boxes=measured.boxes,
-                areas=measured.areas,
-                predicted_iou=decoded.predicted_iou[decoded.kept].cpu().numpy(),
-                stability_score=measured.stability_score,
-                points=batch[prompt] + (frame.crop.x0, frame.crop.y0),
-                crop_boxes=np.tile(frame.crop.box, (len(prompt), 1)),
-            )
-            parts.append(candidates.select(kept))
-            if len(highest) and kept.any():
-                highest = np.maximum(highest, probe(decoded.logits[kept], frame, *probed).max(0))
+            with self._stage("decode"):
+                decoded = scene.decoder.decode(embed_points(self.model, scene.encoded, batch), min_iou)
+            with self._stage("masks"):
+                candidates, kept = self._measure(decoded, batch, frame)
+                parts.append(candidates.select(kept))
+                if len(highest) and kept.any():
+                    logits = decoded.logits[torch.from_numpy(kept).to(decoded.logits.device)]
+                    highest = np.maximum(highest, probe(logits, frame, *probed).max(0))
         return Candidates.concatenate(parts), highest
+
+    def _measure(self, decoded: DecodedPrompts, points: np.ndarray, frame: MaskFrame) -> tuple[Candidates, np.ndarray]:
+        """The masks decoded from ``points``, and which of them (N,) pass the filters."""
+        config = self.config
+        prompt = decoded.kept.nonzero()[:, 0].cpu().numpy()
+        measured = measure(decoded.logits, frame, self.model.mask_threshold, config.stability_score_offset)
+        kept = (measured.areas > 0) & ~touches_crop_edge(measured.boxes, frame.crop, frame.image_size)
+        if config.stability_score_thresh > 0:
+            kept &= measured.stability_score >= config.stability_score_thresh
+        candidates = Candidates(
+            run_lengths=measured.run_lengths,
+            boxes=measured.boxes,
+            areas=measured.areas,
+            predicted_iou=decoded.predicted_iou[decoded.kept].cpu().numpy(),
+            stability_score=measured.stability_score,
+            points=points[prompt] + (frame.crop.x0, frame.crop.y0),
+            crop_boxes=np.tile(frame.crop.box, (len(prompt), 1)),
+        )
+        return candidates, kept
 
     def _finish(self, parts: list[Candidates], image_size: tuple[int, int]) -> list[dict[str, Any]]:
         """Merges the crops' masks into records."""

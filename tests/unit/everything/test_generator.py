@@ -176,8 +176,7 @@ def fake_cv2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("fake_cv2")
-@pytest.mark.parametrize("min_area", [5, 60, 100_000])
-@pytest.mark.parametrize("crop_n_layers", [0, 1])
+@pytest.mark.parametrize(("min_area", "crop_n_layers"), [(5, 0), (60, 1), (100_000, 0)])
 def test_small_regions_are_removed_as_segment_anything_does(
     blob_sam: Sam, photograph: np.ndarray, min_area: int, crop_n_layers: int
 ) -> None:
@@ -205,6 +204,16 @@ def test_a_batch_equals_its_images_one_by_one(blob_sam: Sam, photograph: np.ndar
     for image, records in zip(images, together, strict=True):
         assert_same_records(records, generator.generate(image), at_least=3)
     assert generator.generate_batch([]) == []
+    with pytest.raises(ValueError, match="encoder_batch_size"):
+        generator.generate_batch(images, encoder_batch_size=-1)
+
+
+def test_stages_are_timed(blob_sam: Sam, photograph: np.ndarray) -> None:
+    generator = SamAutomaticMaskGenerator(blob_sam, **BLOB_OPTIONS)
+    assert set(generator.seconds.values()) == {0.0}
+    generator.generate(photograph)
+    assert generator.seconds.keys() == {"encode", "decode", "masks"}
+    assert min(generator.seconds.values()) > 0
 
 
 def test_config_carries_every_option(blob_sam: Sam, photograph: np.ndarray) -> None:
