@@ -43,6 +43,11 @@ from tinysam.lake.filesystem import join
 
 ROOT = Path(__file__).resolve().parents[1]
 BUCKET = "tinysam-demo"
+EVERYTHING = (
+    *("--everything.points-per-side", "16", "--everything.pred-iou-thresh", "0.5"),
+    *("--everything.stability-score-thresh", "0.7"),
+)
+"""SAM's thresholds presume a model as sure of itself as SAM; the demo's models were trained for an hour."""
 MARKER = ".tinysam-demo"
 """Lies in a folder that the demo made, and so may empty."""
 
@@ -112,14 +117,14 @@ def plan(config: DemoConfig, lake: DemoLake, url: str, page: Path) -> list[Stage
             title="masks of everything in every image",
             command=(
                 *("pipelines/label_images.py", "--lake", lake.images),
-                *("--output", masks, "--quantized", quantized, "--images-per-shard", "8"),
+                *("--output", masks, "--quantized", quantized, "--images-per-shard", "8", *EVERYTHING),
             ),
         ),
         Stage(
             title="teacher, student and 8-bit student, measured on scenes that none of them has seen",
             command=(
                 *("pipelines/evaluate.py", "--checkpoints", config.teacher, trained, quantized),
-                *("--lake", lake.held_out, "--annotations", lake.instances, "--output", scores),
+                *("--lake", lake.held_out, "--annotations", lake.instances, "--output", scores, *EVERYTHING),
             ),
         ),
         Stage(

@@ -9,6 +9,8 @@ from typing import Any
 
 import ray
 
+from pipelines.common.cli import JobError
+
 ROOT = Path(__file__).resolve().parents[2]
 """The folder that holds ``pipelines`` and ``tinysam``."""
 
@@ -18,6 +20,9 @@ def start_ray(address: str | None = None) -> None:
 
     Does nothing where Ray already runs in this process. Workers can import this repository's packages in each case:
     a submitted job has its working directory on their path; for all others it is put there.
+
+    Raises:
+        JobError: if there is no cluster at the address.
     """
     if ray.is_initialized():
         return
@@ -26,13 +31,18 @@ def start_ray(address: str | None = None) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     options: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
     search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # set by `ray job submit`
-        ray.init(address=address, **options)
-    elif address or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, runtime_env={"env_vars": {"PYTHONPATH": search_path}}, **options)
-    else:
+    cluster = address or os.environ.get("RAY_ADDRESS")
+    if cluster is None:
         os.environ["PYTHONPATH"] = search_path  # what a raylet starts inherits its environment
-        ray.init(include_dashboard=False, **options)
+        options["include_dashboard"] = False
+    elif "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # set by `ray job submit`
+        options["runtime_env"] = {"env_vars": {"PYTHONPATH": search_path}}
+    try:
+        ray.init(address=address, **options)
+    except ConnectionError as error:
+        raise JobError(
+            f"no Ray cluster at {cluster}: check --ray-address and RAY_ADDRESS, or unset both to start Ray here"
+        ) from error
 
 
 def cluster_total(resource: str) -> float:

@@ -140,12 +140,13 @@ class ShardJob:
         context.enable_progress_bars = False
         context.execution_options.preserve_order = False
         context.execution_no_progress_timeout_s = STALL_SECONDS
+        attempts = start_attempts()
         results = ray.data.from_arrow([shard.rows for shard in todo]).map_batches(
             ShardActor,
             batch_size=None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=resources.num_workers, max_tasks_in_flight_per_actor=1),
-            fn_constructor_args=(self.make_worker, resources.placement, self.config.output, start_attempts()),
+            fn_constructor_args=(self.make_worker, resources.placement, self.config.output, attempts),
             num_cpus=resources.placement.num_cpus,
             num_gpus=resources.num_gpus,
         )
@@ -156,6 +157,8 @@ class ShardJob:
             lines = str(error).strip().splitlines()
             reason = lines[0] if len(lines) < 2 else f"{lines[0]} … {lines[-1]}"
             raise JobError(f"Ray stopped the job; the same command goes on from here. {reason}") from error
+        finally:
+            ray.kill(attempts)  # a driver may run several jobs
 
 
 def _explain_failures(result: JobResult) -> str:

@@ -59,6 +59,7 @@ def ray_address(s3: S3Bucket) -> Iterator[str]:
     import ray
 
     with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("RAY_ADDRESS", raising=False)
         environment.setenv("PYTHONPATH", str(ROOT))
         ray.init(
             num_cpus=4,
