@@ -199,7 +199,7 @@ def main() -> None:
     config = tyro.cli(EverythingBenchmark, description=__doc__)
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[variable] = str(config.threads)
-    console = Console()
+    console = Console(width=max(Console().width, 130))  # rows stay whole in a log, too
     tasks = [
         (photograph, variant)
         for _ in range(config.repeats)
