@@ -27,6 +27,17 @@ ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "tests"
 
 
+# Starting Ray and its workers takes most of a minute on two cores, more than `make test` has for all of its tests.
+NEEDS_RAY = "ray_address"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m 'not slow' chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if NEEDS_RAY in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @dataclass(frozen=True, kw_only=True)
 class S3Bucket:
     """A bucket on an S3-compatible server of this machine, with a folder for each test."""

@@ -46,7 +46,7 @@ def compare(sam: Sam, quantized: Sam, image: np.ndarray, points_per_side: int = 
     points = np.stack(np.meshgrid(cells * width, cells * height), axis=-1).reshape(-1, 1, 2)
     expected_masks, expected_iou, expected_embedding = _predict(sam, image, points)
     masks, iou, embedding = _predict(quantized, image, points)
-    every, best = np.arange(len(points)), expected_iou.argmax(1)
+    every, best = np.arange(len(expected_iou)), expected_iou.argmax(1)
     a, b = expected_masks[every, best], masks[every, best]
     both, either = (a & b).sum((1, 2)), (a | b).sum((1, 2))
     return Agreement(

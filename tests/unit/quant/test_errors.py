@@ -49,7 +49,7 @@ def test_a_layers_error_is_that_of_rounding_its_own_input_and_weight(
     first, report = layers[0], quantized.layers[0]
     (actual,) = layer_errors(float_model, quantized.model, layers[:1], [image], num_threads=1).values()
 
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in float_model.graph.initializer}
+    constants = {tensor.name: np.array(numpy_helper.to_array(tensor)) for tensor in float_model.graph.initializer}
     weight, bias = constants[first.weight], constants[first.weight.replace("weight", "bias")]
     (step,), steps = report.activation_scales, np.array(report.weight_scales, dtype=np.float32)[:, None, None, None]
     rounded = np.clip(np.round(image / np.float32(step)), -128, 127) * np.float32(step)
