@@ -15,7 +15,8 @@ from tinysam.runtime import EngineConfig, EngineImageEncoder, count_precisions, 
 from tinysam.runtime.timing import interleaved_seconds
 
 LAYER_KINDS = ("Convolution", "FullyConnected", "MatMul", "QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat")
-"""Engines' types of nodes that are a layer by themselves. OpenVINO fuses the products of an attention into nodes called Subgraph."""
+"""Engines' types of nodes that are a layer by themselves. OpenVINO fuses the products of an
+attention into nodes called Subgraph."""
 
 
 @dataclass(frozen=True, kw_only=True)
