@@ -255,8 +255,8 @@ def print_summary(config: QuantizeConfig, draw: Draw, result: Result) -> None:
     console.print(table)
     if report.mask_iou < LOW_MASK_IOU:
         error_console.print(
-            "the masks differ much from the float model's: try --quantization.max-error 0.05, which keeps the layers "
-            "that hurt most in float, or --quantization.percentile 99.99",
+            "the masks differ much from the float model's: try --quantization.activations uint8, or "
+            "--quantization.max-error 0.02, which keeps the layers that hurt most in float",
             highlight=False,
         )
 

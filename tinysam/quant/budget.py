@@ -9,17 +9,19 @@ import onnx
 
 from tinysam.quant.errors import DifferenceSum
 from tinysam.quant.graph import Layer
-from tinysam.quant.qdq import insert_qdq
+from tinysam.quant.observe import Range
+from tinysam.quant.qdq import ActivationType, insert_qdq
 from tinysam.runtime import EngineConfig, open_engine
 
 
 def layers_over_budget(
     model: onnx.ModelProto,
     layers: Sequence[Layer],
-    scales: Mapping[str, float],
+    ranges: Mapping[str, Range],
     images: Sequence[np.ndarray],
     max_error: float,
     *,
+    activations: ActivationType = "int8",
     num_threads: int,
     on_layer: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
@@ -31,9 +33,10 @@ def layers_over_budget(
     Args:
         model: the float graph.
         layers: the layers to choose from.
-        scales: step of each of their activations.
+        ranges: what the integers of each of their activations cover.
         images: (1, 3, S, S) float32 each, normalised; one or two do.
         max_error: largest relative error over ``images``.
+        activations: see :func:`insert_qdq`.
         num_threads: CPU threads.
         on_layer: called after each layer; not at all when everything fits into the budget.
 
@@ -43,7 +46,7 @@ def layers_over_budget(
 
     def embeddings(some: Sequence[Layer]) -> list[np.ndarray]:
         config = EngineConfig(engine="onnxruntime", num_threads=num_threads)
-        engine = open_engine(insert_qdq(model, some, scales).SerializeToString(), config)
+        engine = open_engine(insert_qdq(model, some, ranges, activations).SerializeToString(), config)
         return [engine.run(image) for image in images]
 
     expected = embeddings([])

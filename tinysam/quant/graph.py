@@ -22,6 +22,9 @@ from torch import nn
 INPUT, OUTPUT = "image", "embedding"
 """Names of the graph's input and output."""
 
+QUERY_KEY, WEIGHTS_VALUE = ".query_key", ".weights_value"
+"""What the two products of an attention are called, after its module's name."""
+
 LayerKind = Literal["conv", "linear", "matmul"]
 _KINDS = ("Conv", "Gemm", "MatMul")
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -121,7 +124,7 @@ def _name_layers(graph: onnx.GraphProto) -> None:
         elif node.input[1] in weights:
             name = scope
         else:
-            name = f"{scope}.{'weights_value' if node.input[0] in from_softmax else 'query_key'}"
+            name = scope + (WEIGHTS_VALUE if node.input[0] in from_softmax else QUERY_KEY)
         node.name = name if name not in taken else f"{name}#{number}"
         taken.add(node.name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -22,68 +23,78 @@ activations take 1.5 GB, three an image."""
 _BINS = 4096
 
 
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """The values of an activation that its integers cover; what is beyond is clipped. Always includes 0."""
+
+    low: float
+    high: float
+
+    @property
+    def bound(self) -> float:
+        """The largest absolute value; 0 for an activation that is always 0."""
+        return max(-self.low, self.high)
+
+
 class Observer(ABC):
     """Sees the values of one activation, image after image."""
 
-    @abstractmethod
+    def __init__(self) -> None:
+        self._low = self._high = 0.0
+
     def see(self, values: np.ndarray) -> None:
         """Takes note of float values of any shape."""
+        self._low = min(self._low, float(values.min(initial=0.0)))
+        self._high = max(self._high, float(values.max(initial=0.0)))
 
     @abstractmethod
-    def bound(self) -> float:
-        """The absolute value to cover; larger ones will be clipped. 0 for an activation that is always 0."""
+    def range(self) -> Range:
+        """What to cover."""
 
 
 class MinMaxObserver(Observer):
-    """Covers everything seen: the bound is the largest absolute value."""
+    """Covers everything seen, from the smallest value to the largest."""
 
-    def __init__(self) -> None:
-        self._bound = 0.0
-
-    def see(self, values: np.ndarray) -> None:
-        self._bound = max(self._bound, float(np.abs(values).max(initial=0.0)))
-
-    def bound(self) -> float:
-        return self._bound
+    def range(self) -> Range:
+        return Range(low=self._low, high=self._high)
 
 
 class PercentileObserver(Observer):
     """Clips the few largest values, so that the others get finer steps.
 
-    The bound is a percentile of all absolute values seen, from a histogram of 4096 bins; so it is exact to 1/2048 of
-    the largest value. The histogram's range doubles, by merging bins, when a value exceeds it.
+    Clips at a percentile of all absolute values seen, from a histogram of 4096 bins; so it is exact to 1/2048 of the
+    largest value. The histogram's range doubles, by merging bins, when a value exceeds it.
     """
 
     def __init__(self, percentile: float) -> None:
         if not 0 < percentile <= 100:
             raise ValueError(f"a percentile is above 0 and at most 100, got {percentile}")
+        super().__init__()
         self._percentile = percentile
         self._counts = np.zeros(_BINS, dtype=np.int64)
-        self._range = 0.0
-        self._largest = 0.0
+        self._limit = 0.0
 
     def see(self, values: np.ndarray) -> None:
+        super().see(values)
         magnitudes = np.abs(values).ravel()
         largest = float(magnitudes.max(initial=0.0))
-        self._largest = max(self._largest, largest)
-        if self._range == 0.0:
+        if self._limit == 0.0:
             if largest == 0.0:
                 self._counts[0] += magnitudes.size
                 return
-            self._range = largest
-        while largest > self._range:
+            self._limit = largest
+        while largest > self._limit:
             self._counts = np.concatenate([self._counts.reshape(-1, 2).sum(1), np.zeros(_BINS // 2, dtype=np.int64)])
-            self._range *= 2
+            self._limit *= 2
         # In float64: the reciprocal of a denormal range overflows float32.
-        bins = np.minimum(magnitudes.astype(np.float64) / self._range * _BINS, _BINS - 1).astype(np.int32)
+        bins = np.minimum(magnitudes.astype(np.float64) / self._limit * _BINS, _BINS - 1).astype(np.int32)
         self._counts += np.bincount(bins, minlength=_BINS)
 
-    def bound(self) -> float:
-        total = self._counts.sum()
-        if total == 0:
-            return 0.0
-        covered = np.searchsorted(np.cumsum(self._counts), math.ceil(total * self._percentile / 100))
-        return min((int(covered) + 1) / _BINS * self._range, self._largest)
+    def range(self) -> Range:
+        wanted = math.ceil(self._counts.sum() * self._percentile / 100)
+        bins = int(np.searchsorted(np.cumsum(self._counts), wanted)) + 1
+        bound = bins / _BINS * self._limit
+        return Range(low=max(self._low, -bound), high=min(self._high, bound))
 
 
 def observe(
@@ -94,8 +105,8 @@ def observe(
     *,
     num_threads: int,
     on_image: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Runs the float graph and returns the bound of each activation.
+) -> dict[str, Range]:
+    """Runs the float graph and returns what each activation's integers should cover.
 
     Args:
         model: a graph of :func:`tinysam.quant.graph.export_graph`.
@@ -118,7 +129,7 @@ def observe(
                     raise FloatingPointError(f"the activation {name} holds NaN or infinity: the weights are damaged")
                 observers[name].see(values)
         on_image()
-    return {name: observer.bound() for name, observer in observers.items()}
+    return {name: observer.range() for name, observer in observers.items()}
 
 
 def session_with_outputs(model: onnx.ModelProto, tensors: Iterable[str], num_threads: int) -> ort.InferenceSession:

@@ -1,15 +1,18 @@
 """Integer graphs: QuantizeLinear and DequantizeLinear around the layers, placed by ONNX Runtime's quantizer.
 
-Every activation gets one scale, every output channel of a weight its own, all symmetric (``x ≈ scale * q`` with q an
-int8). Biases, and everything that is no layer, stay float. Engines turn a layer whose inputs are dequantized into an
-integer kernel; OpenVINO does so for all of them.
+Every activation gets one scale, every output channel of a weight its own. Weights are symmetric int8
+(``w = scale * q``), and so are activations, or else uint8 with a zero point (``x = scale * (q - zero_point)``). Biases,
+and everything that is no layer, stay float. Engines turn a layer whose inputs are dequantized into an integer kernel;
+OpenVINO does so for all of them.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -17,49 +20,57 @@ from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, TensorData, TensorsData
 
 from tinysam.quant.graph import Layer
+from tinysam.quant.observe import Range
+
+ActivationType = Literal["int8", "uint8"]
 
 LARGEST = 127
-"""The range of an int8 is used from -127 to 127, as integer kernels prefer it; -128 is left out."""
+"""A symmetric scale is the bound over this: of an int8, -127 to 127 is used, as integer kernels prefer it."""
 
 _PRODUCER = "tinysam"
 
 
-def insert_qdq(model: onnx.ModelProto, layers: Sequence[Layer], scales: Mapping[str, float]) -> onnx.ModelProto:
+def insert_qdq(
+    model: onnx.ModelProto, layers: Sequence[Layer], ranges: Mapping[str, Range], activations: ActivationType = "int8"
+) -> onnx.ModelProto:
     """Quantizes ``layers`` of a float graph and leaves the others as they are.
 
     Args:
         model: a graph of :func:`tinysam.quant.graph.export_graph`; not changed.
         layers: some of its layers.
-        scales: step of each of their activations, positive.
+        ranges: what the integers of each of their activations cover.
+        activations: int8, symmetric; or uint8, of which all values are used where a range is one-sided, too.
 
     Returns:
         The QDQ graph, with int8 weights.
 
     Raises:
-        ValueError: if a scale is missing or not positive.
+        ValueError: if a range is missing, empty or not finite.
     """
-    activations = {name for layer in layers for name in layer.inputs}
-    bad = sorted(name for name in activations if not scales.get(name, 0.0) > 0.0)
+    names = list(dict.fromkeys(name for layer in layers for name in layer.inputs))
+    bad = [name for name in names if name not in ranges or not 0.0 < ranges[name].bound < math.inf]
     if bad:
-        raise ValueError(f"no positive scale for the activations {', '.join(bad)}")
+        raise ValueError(f"no range for the activations {', '.join(bad)}")
     if not layers:
         return model
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    ranges = {name: _range(LARGEST * scales[name]) for name in activations}
+    covered = {
+        name: TensorData(lowest=np.float32(ranges[name].low), highest=np.float32(ranges[name].high)) for name in names
+    }
     with _quiet():
         quantizer = QDQQuantizer(
             copy,
             per_channel=True,
             reduce_range=False,
             weight_qType=QuantType.QInt8,
-            activation_qType=QuantType.QInt8,
-            tensors_range=TensorsData(CalibrationMethod.MinMax, ranges),
+            activation_qType=QuantType.QInt8 if activations == "int8" else QuantType.QUInt8,
+            tensors_range=TensorsData(CalibrationMethod.MinMax, covered),
             nodes_to_quantize=[layer.name for layer in layers],
             nodes_to_exclude=[],
             op_types_to_quantize=["Conv", "Gemm", "MatMul"],
             extra_options={
-                "ActivationSymmetric": True,
+                "ActivationSymmetric": activations == "int8",
                 "WeightSymmetric": True,
                 "QuantizeBias": False,
                 # A result is rounded only where the next layer takes it as input: one rounding instead of two.
@@ -75,11 +86,14 @@ def insert_qdq(model: onnx.ModelProto, layers: Sequence[Layer], scales: Mapping[
     return quantized
 
 
-def activation_scales(model: onnx.ModelProto) -> dict[str, float]:
-    """The scale of each quantized activation of a QDQ graph."""
+def activation_steps(model: onnx.ModelProto) -> dict[str, tuple[float, int]]:
+    """The scale and the zero point of each quantized activation of a QDQ graph."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     return {
-        node.input[0]: float(numpy_helper.to_array(constants[node.input[1]]))
+        node.input[0]: (
+            float(numpy_helper.to_array(constants[node.input[1]])),
+            int(numpy_helper.to_array(constants[node.input[2]])),
+        )
         for node in model.graph.node
         if node.op_type == "QuantizeLinear"
     }
@@ -98,10 +112,6 @@ def weight_scales(model: onnx.ModelProto) -> dict[str, np.ndarray]:
         for node in model.graph.node
         if len(node.input) > 1 and node.input[1] in scale_of
     }
-
-
-def _range(bound: float) -> TensorData:
-    return TensorData(lowest=np.float32(-bound), highest=np.float32(bound))
 
 
 def _keep_others_float(graph: onnx.GraphProto, quantized: set[str]) -> None:

@@ -22,8 +22,14 @@ def images() -> list[np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def quantized(tiny_sam: Sam, images: list[np.ndarray]) -> QuantizedEncoder:
-    return quantize_encoder(tiny_sam, images[:3], images[3:], QuantizationConfig(), num_threads=1)
+def everything() -> QuantizationConfig:
+    """Quantizes all that can be, over the whole range seen."""
+    return QuantizationConfig(percentile=100.0, attention_values=True)
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny_sam: Sam, images: list[np.ndarray], everything: QuantizationConfig) -> QuantizedEncoder:
+    return quantize_encoder(tiny_sam, images[:3], images[3:], everything, num_threads=1)
 
 
 @pytest.fixture(scope="session")

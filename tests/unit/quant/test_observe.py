@@ -7,7 +7,7 @@ from hypothesis.extra import numpy as hnp
 
 from tinysam.quant import observe as observe_module
 from tinysam.quant.graph import INPUT, Layer
-from tinysam.quant.observe import MinMaxObserver, PercentileObserver, observe
+from tinysam.quant.observe import MinMaxObserver, PercentileObserver, Range, observe
 
 arrays = st.lists(
     hnp.arrays(np.float32, st.integers(1, 200), elements=st.floats(-1e3, 1e3, width=32)), min_size=1, max_size=4
@@ -15,11 +15,13 @@ arrays = st.lists(
 
 
 @given(arrays)
-def test_min_max_covers_the_largest_absolute_value(parts: list[np.ndarray]) -> None:
+def test_min_max_covers_every_value_and_zero(parts: list[np.ndarray]) -> None:
     observer = MinMaxObserver()
     for part in parts:
         observer.see(part)
-    assert observer.bound() == np.abs(np.concatenate(parts)).max()
+    values = np.concatenate(parts)
+    assert observer.range() == Range(low=min(values.min(), 0.0), high=max(values.max(), 0.0))
+    assert observer.range().bound == np.abs(values).max()
 
 
 @given(arrays, st.floats(1, 100))
@@ -27,9 +29,12 @@ def test_a_percentile_is_exact_to_the_width_of_a_bin(parts: list[np.ndarray], pe
     observer = PercentileObserver(percentile)
     for part in parts:
         observer.see(part)
+    low, high = np.concatenate(parts).min(), np.concatenate(parts).max()
     values = np.sort(np.abs(np.concatenate(parts)))
     exact = values[int(np.ceil(len(values) * percentile / 100)) - 1]
-    assert exact * (1 - 1e-6) <= observer.bound() <= exact + values[-1] / 2048 + 1e-6
+    covered = observer.range()
+    assert exact * (1 - 1e-6) <= covered.bound <= exact + values[-1] / 2048 + 1e-6
+    assert min(low, 0.0) <= covered.low <= 0.0 <= covered.high <= max(high, 0.0)
 
 
 def test_a_percentile_clips_an_outlier() -> None:
@@ -37,13 +42,13 @@ def test_a_percentile_clips_an_outlier() -> None:
     values[0] = 100.0
     observer = PercentileObserver(99.9)
     observer.see(values)
-    assert 1.0 <= observer.bound() < 1.1
+    assert 1.0 <= observer.range().high < 1.1
 
 
 def test_an_observer_of_zeros_has_no_range() -> None:
     for observer in (MinMaxObserver(), PercentileObserver(99.0)):
         observer.see(np.zeros(5, dtype=np.float32))
-        assert observer.bound() == 0.0
+        assert observer.range().bound == 0.0
 
 
 @pytest.mark.parametrize("percentile", [0.0, -1.0, 100.1])
@@ -65,7 +70,7 @@ def test_bounds_do_not_depend_on_how_much_is_held_at_a_time(
     monkeypatch.setattr(observe_module, "GROUP_BYTES", 1)
     assert observe(float_model, tensors, arrays_128, MinMaxObserver, num_threads=1) == whole
     assert list(whole) == tensors
-    assert whole[INPUT] == max(float(np.abs(array).max()) for array in arrays_128)
+    assert whole[INPUT].bound == max(float(np.abs(array).max()) for array in arrays_128)
 
 
 def test_damaged_activations_are_named(

@@ -5,26 +5,39 @@ from onnx import TensorProto, numpy_helper
 
 from tinysam.quant import QuantizedEncoder
 from tinysam.quant.graph import Layer
-from tinysam.quant.qdq import activation_scales, insert_qdq, weight_scales
+from tinysam.quant.observe import Range
+from tinysam.quant.qdq import activation_steps, insert_qdq, weight_scales
 
 
 @pytest.fixture(scope="module")
-def scales(layers: list[Layer]) -> dict[str, float]:
+def ranges(layers: list[Layer]) -> dict[str, Range]:
     names = dict.fromkeys(name for layer in layers for name in layer.inputs)
-    return {name: 0.01 * (i + 1) for i, name in enumerate(names)}
+    return {name: Range(low=-0.1, high=0.5 * (i + 1)) for i, name in enumerate(names)}
 
 
-def test_activations_get_the_scales_asked_for(
-    float_model: onnx.ModelProto, layers: list[Layer], scales: dict[str, float]
+def test_int8_activations_are_symmetric_with_their_bound_at_127(
+    float_model: onnx.ModelProto, layers: list[Layer], ranges: dict[str, Range]
 ) -> None:
-    model = insert_qdq(float_model, layers, scales)
-    assert activation_scales(model) == pytest.approx(scales, rel=1e-6)
+    steps = activation_steps(insert_qdq(float_model, layers, ranges))
+    assert steps.keys() == ranges.keys()
+    for name, covered in ranges.items():
+        assert steps[name] == (pytest.approx(covered.bound / 127, rel=1e-6), 0)
+
+
+def test_uint8_activations_use_all_their_values_for_the_range(
+    float_model: onnx.ModelProto, layers: list[Layer], ranges: dict[str, Range]
+) -> None:
+    steps = activation_steps(insert_qdq(float_model, layers, ranges, "uint8"))
+    for name, covered in ranges.items():
+        scale, zero_point = steps[name]
+        assert scale == pytest.approx((covered.high - covered.low) / 255, rel=1e-6)
+        assert zero_point == round(-covered.low / scale)
 
 
 def test_weights_are_int8_with_one_symmetric_scale_for_each_output_channel(
-    float_model: onnx.ModelProto, layers: list[Layer], scales: dict[str, float]
+    float_model: onnx.ModelProto, layers: list[Layer], ranges: dict[str, Range]
 ) -> None:
-    model = insert_qdq(float_model, layers, scales)
+    model = insert_qdq(float_model, layers, ranges)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     floats = {tensor.name: tensor for tensor in float_model.graph.initializer}
     steps = weight_scales(model)
@@ -44,10 +57,10 @@ def test_weights_are_int8_with_one_symmetric_scale_for_each_output_channel(
 
 
 def test_only_the_layers_asked_for_read_rounded_activations(
-    float_model: onnx.ModelProto, layers: list[Layer], scales: dict[str, float]
+    float_model: onnx.ModelProto, layers: list[Layer], ranges: dict[str, Range]
 ) -> None:
     chosen = {layer.name for layer in layers[2:9]}
-    model = insert_qdq(float_model, [layer for layer in layers if layer.name in chosen], scales)
+    model = insert_qdq(float_model, [layer for layer in layers if layer.name in chosen], ranges)
     rounded = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     readers = {node.name for node in model.graph.node if rounded.intersection(node.input)}
     assert readers == chosen
@@ -57,13 +70,13 @@ def test_quantizing_nothing_changes_nothing(float_model: onnx.ModelProto) -> Non
     assert insert_qdq(float_model, [], {}) == float_model
 
 
-@pytest.mark.parametrize("scale", [None, 0.0, -1.0, float("nan")])
-def test_a_scale_that_is_missing_or_not_positive_is_refused(
-    scale: float | None, float_model: onnx.ModelProto, layers: list[Layer]
+@pytest.mark.parametrize("bound", [None, 0.0, float("nan"), float("inf")])
+def test_a_range_that_is_missing_empty_or_not_finite_is_refused(
+    bound: float | None, float_model: onnx.ModelProto, layers: list[Layer]
 ) -> None:
-    scales = {} if scale is None else {layers[0].inputs[0]: scale}
-    with pytest.raises(ValueError, match="no positive scale for the activations image"):
-        insert_qdq(float_model, layers[:1], scales)
+    ranges = {} if bound is None else {layers[0].inputs[0]: Range(low=0.0, high=bound)}
+    with pytest.raises(ValueError, match="no range for the activations image"):
+        insert_qdq(float_model, layers[:1], ranges)
 
 
 def test_the_weights_take_less_than_half_of_the_float_ones(quantized: QuantizedEncoder) -> None:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from tinysam.quant import quantize as quantize_module
 from tinysam.quant.budget import layers_over_budget
 from tinysam.quant.errors import difference
 from tinysam.quant.graph import Layer
+from tinysam.quant.observe import Range
 from tinysam.quant.qdq import insert_qdq
 from tinysam.quant.quantize import preprocess
 from tinysam.quant.report import measure
@@ -57,17 +59,21 @@ def test_every_layer_is_quantized_and_the_embedding_stays_close(
 
 
 def test_the_same_images_give_the_same_bytes(
-    quantize: Callable[[QuantizationConfig], QuantizedEncoder], quantized: QuantizedEncoder
+    quantize: Callable[[QuantizationConfig], QuantizedEncoder],
+    quantized: QuantizedEncoder,
+    everything: QuantizationConfig,
 ) -> None:
-    again = quantize(QuantizationConfig())
+    again = quantize(everything)
     assert again.model.SerializeToString(deterministic=True) == quantized.model.SerializeToString(deterministic=True)
     assert again.layers == quantized.layers
 
 
 def test_a_lower_percentile_makes_finer_steps(
-    quantize: Callable[[QuantizationConfig], QuantizedEncoder], quantized: QuantizedEncoder
+    quantize: Callable[[QuantizationConfig], QuantizedEncoder],
+    quantized: QuantizedEncoder,
+    everything: QuantizationConfig,
 ) -> None:
-    clipped = quantize(QuantizationConfig(percentile=99.0))
+    clipped = quantize(replace(everything, percentile=99.0))
     pairs = [
         (a, b)
         for fine, coarse in zip(clipped.layers, quantized.layers, strict=True)
@@ -77,8 +83,34 @@ def test_a_lower_percentile_makes_finer_steps(
     assert any(fine < 0.8 * coarse for fine, coarse in pairs)
 
 
-def test_layers_that_are_named_stay_float(quantize: Callable[[QuantizationConfig], QuantizedEncoder]) -> None:
-    encoder = quantize(QuantizationConfig(float_layers=("neck.*", "*.query_key")))
+def test_unsigned_activations_make_finer_steps_behind_a_gelu(
+    tiny_sam: Sam,
+    images: list[np.ndarray],
+    quantize: Callable[[QuantizationConfig], QuantizedEncoder],
+    quantized: QuantizedEncoder,
+    everything: QuantizationConfig,
+) -> None:
+    unsigned = quantize(replace(everything, activations="uint8"))
+    for fine, coarse in zip(unsigned.layers, quantized.layers, strict=True):
+        assert coarse.activation_zero_points == (0,) * len(coarse.activation_scales)
+        if fine.name.endswith(("mlp.fc2", ".downsample.conv2")):
+            assert fine.activation_scales[0] < coarse.activation_scales[0]
+    assert embedding_error(tiny_sam, unsigned, images[3]) < embedding_error(tiny_sam, quantized, images[3])
+
+
+def test_attention_weights_stay_float_unless_asked_for(
+    quantize: Callable[[QuantizationConfig], QuantizedEncoder],
+) -> None:
+    encoder = quantize(QuantizationConfig())
+    floats = {layer.name for layer in encoder.layers if layer.precision == "float32"}
+    assert floats == {layer.name for layer in encoder.layers if layer.name.endswith(".weights_value")}
+    assert floats
+
+
+def test_layers_that_are_named_stay_float(
+    quantize: Callable[[QuantizationConfig], QuantizedEncoder], everything: QuantizationConfig
+) -> None:
+    encoder = quantize(replace(everything, float_layers=("neck.*", "*.query_key")))
     for layer in encoder.layers:
         named = layer.name.startswith("neck.") or layer.name.endswith(".query_key")
         assert (layer.precision == "float32") == named
@@ -87,12 +119,16 @@ def test_layers_that_are_named_stay_float(quantize: Callable[[QuantizationConfig
 
 
 def test_an_input_that_is_always_zero_keeps_its_layer_float(
-    quantize: Callable[[QuantizationConfig], QuantizedEncoder], layers: list[Layer], monkeypatch: pytest.MonkeyPatch
+    quantize: Callable[[QuantizationConfig], QuantizedEncoder],
+    layers: list[Layer],
+    everything: QuantizationConfig,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dead = layers[4].inputs[0]
-    bounds = {name: 1.0 for layer in layers for name in layer.inputs} | {dead: 0.0}
-    monkeypatch.setattr(quantize_module, "observe", lambda *args, **kwargs: bounds)
-    encoder = quantize(QuantizationConfig())
+    ranges = {name: Range(low=-1.0, high=1.0) for layer in layers for name in layer.inputs}
+    ranges[dead] = Range(low=0.0, high=0.0)
+    monkeypatch.setattr(quantize_module, "observe", lambda *args, **kwargs: ranges)
+    encoder = quantize(everything)
     floats = {layer.name: layer.reason for layer in encoder.layers if layer.precision == "float32"}
     assert floats == {layer.name: "an input of it is 0 on every calibration image" for layer in layers[4:5]}
 
@@ -105,17 +141,17 @@ def test_a_budget_keeps_the_worst_layers_float_and_as_few_as_suffice(
     quantized: QuantizedEncoder,
 ) -> None:
     some = layers[-6:]
-    scales = {
-        name: step
+    ranges = {
+        name: Range(low=-127 * step, high=127 * step)
         for layer, report in zip(layers, quantized.layers, strict=True)
         for name, step in zip(layer.inputs, report.activation_scales, strict=True)
     }
     worst = some[-1]  # what it rounds badly, no layer behind it evens out
-    scales[worst.inputs[0]] *= 30
+    ranges[worst.inputs[0]] = Range(low=0.0, high=30 * ranges[worst.inputs[0]].high)
     array = preprocess(tiny_sam, images[0])
 
     def error(chosen: list[Layer]) -> float:
-        models = [float_model, insert_qdq(float_model, chosen, scales)]
+        models = [float_model, insert_qdq(float_model, chosen, ranges)]
         a, b = (open_engine(model.SerializeToString(), ONE_THREAD).run(array) for model in models)
         return difference(a, b).relative_error
 
@@ -123,12 +159,12 @@ def test_a_budget_keeps_the_worst_layers_float_and_as_few_as_suffice(
     assert rest < 0.5 * whole
     calls: list[int] = []
     kept = layers_over_budget(
-        float_model, some, scales, [array], (whole + rest) / 2, num_threads=1, on_layer=lambda: calls.append(1)
+        float_model, some, ranges, [array], (whole + rest) / 2, num_threads=1, on_layer=lambda: calls.append(1)
     )
     assert list(kept) == [worst.name]
     assert kept[worst.name] == pytest.approx(error([worst]), rel=1e-4)
     assert len(calls) == len(some)
-    assert layers_over_budget(float_model, some, scales, [array], whole * 1.01, num_threads=1) == {}
+    assert layers_over_budget(float_model, some, ranges, [array], whole * 1.01, num_threads=1) == {}
 
 
 def test_a_budget_that_nothing_meets_is_an_error(
