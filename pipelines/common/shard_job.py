@@ -28,7 +28,7 @@ from pipelines.common.progress import JobProgress
 from pipelines.common.ray_setup import start_ray
 from pipelines.common.resources import WorkerResources, plan_workers
 from pipelines.common.result import JobResult
-from pipelines.common.shard_worker import Placement, ShardActor, ShardWorker
+from pipelines.common.shard_worker import SHARD_COLUMN, Placement, ShardActor, ShardWorker, pack_rows
 from pipelines.common.summary import print_dry_run, print_summary
 from tinysam.lake import schema
 from tinysam.lake.fingerprint import fingerprint
@@ -141,7 +141,9 @@ class ShardJob:
         context.execution_options.preserve_order = False
         context.execution_no_progress_timeout_s = STALL_SECONDS
         attempts = start_attempts()
-        results = ray.data.from_arrow([shard.rows for shard in todo]).map_batches(
+        # from_arrow would start a task for each shard's metadata; from_items only puts its bytes into the object store.
+        items = [{SHARD_COLUMN: pack_rows(shard.rows)} for shard in todo]
+        results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             ShardActor,
             batch_size=None,
             batch_format="pyarrow",

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 COUNTS_KEY = "counts"
 """Key of a shard's metadata: JSON of its images by status, so that a resumed run can count without reading rows."""
 
+SHARD_COLUMN = "rows"
+"""What goes from the driver to a worker: one column, one value, the packed index rows of a shard."""
+
 RESULT = pa.schema(
     [
         pa.field("shard_id", pa.string()),
@@ -75,8 +78,16 @@ class ShardWorker(ABC):
         """
 
 
+def pack_rows(rows: pa.Table) -> bytes:
+    """A shard's index rows as one value, so that one item of Ray Data is one shard."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_table(rows)
+    return sink.getvalue().to_pybytes()
+
+
 class ShardActor:
-    """The callable that Ray Data keeps alive in each worker: rows of a shard in, ``RESULT`` row out."""
+    """The callable that Ray Data keeps alive in each worker: a packed shard in, a ``RESULT`` row out."""
 
     def __init__(
         self,
@@ -88,7 +99,8 @@ class ShardActor:
         self._make_worker, self._placement, self._output, self._attempts = make_worker, placement, output, attempts
         self._worker: ShardWorker | None = None
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
+    def __call__(self, item: pa.Table) -> pa.Table:
+        rows = pa.ipc.open_stream(item[SHARD_COLUMN][0].as_buffer()).read_all()
         shard_id = rows["shard_id"][0].as_py()
         result: dict[str, Any] = {
             "shard_id": shard_id,
