@@ -21,10 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found without an
 import numpy as np
 import pyarrow as pa
 import torch
-from segment_anything.utils.transforms import ResizeLongestSide
 
 from pipelines.common.cli import JobError, parse_config, run_main
-from pipelines.common.input_frame import check_input_frame
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.models import weights_sha256
 from pipelines.common.read_ahead import read_ahead
@@ -37,6 +35,7 @@ from tinysam.lake.codecs import encode_embedding
 from tinysam.lake.fingerprint import fingerprint
 from tinysam.lake.images import ImageError, decode_image, encode_jpeg
 from tinysam.lake.index import read_image_bytes
+from tinysam.predictor import ResizeLongestSide
 
 NO_TEACHER = "none"
 
@@ -177,7 +176,6 @@ class CacheTeacherWorker(ShardWorker):
             with self.clock.stage("decode"):
                 original = decode_image(data)
                 out["height"], out["width"] = original.shape[:2]
-                check_input_frame(original, self._image_size)
                 pixels = self._resize.apply_image(original)
                 out["input_height"], out["input_width"] = pixels.shape[:2]
                 jpeg = encode_jpeg(pixels, self._config.jpeg_quality)

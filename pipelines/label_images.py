@@ -21,7 +21,6 @@ import pyarrow as pa
 import torch
 
 from pipelines.common.cli import parse_config, run_main
-from pipelines.common.input_frame import check_input_frame
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.models import weights_sha256
 from pipelines.common.read_ahead import read_ahead
@@ -104,7 +103,6 @@ class LabelImagesWorker(ShardWorker):
         self._config, self._model_sha256, self._placement = config, model_sha256, placement
         torch.backends.cudnn.deterministic = True
         sam = load(config.model).to(placement.device)
-        self._image_size: int = sam.image_encoder.img_size
         kind = SamHierarchicalMaskGenerator if config.generator == "hierarchical" else SamAutomaticMaskGenerator
         self._generator: SamAutomaticMaskGenerator = kind(sam, **config.generator_options())
 
@@ -134,7 +132,6 @@ class LabelImagesWorker(ShardWorker):
                 data = read_image_bytes(row)
             with self.clock.stage("decode"):
                 pixels = decode_image(data)
-                check_input_frame(pixels, self._image_size)
         except ImageError as error:
             return out | {"status": error.status, "error": str(error)}, None
         return out | {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels

@@ -27,7 +27,6 @@ from rich.table import Table
 from segment_anything.modeling import Sam
 
 from pipelines.common.cli import EXIT_OK, EXIT_TOO_MANY_ERRORS, JobError, console, error_console, parse_config, run_main
-from pipelines.common.input_frame import check_input_frame
 from pipelines.common.models import weights_sha256
 from pipelines.common.output import delete
 from pipelines.common.progress import JobProgress
@@ -137,7 +136,7 @@ def draw_rows(config: QuantizeConfig) -> pa.Table:
     return index.take(np.random.default_rng(config.seed).permutation(index.num_rows))
 
 
-def read_images(config: QuantizeConfig, rows: pa.Table, image_size: int) -> Draw:
+def read_images(config: QuantizeConfig, rows: pa.Table) -> Draw:
     """Reads images until there are enough good ones.
 
     Raises:
@@ -149,7 +148,6 @@ def read_images(config: QuantizeConfig, rows: pa.Table, image_size: int) -> Draw
             break
         try:
             pixels = decode_image(read_image_bytes(row))
-            check_input_frame(pixels, image_size)
         except ImageError as error:
             draw.counts[error.status] += 1
             error_console.print(f"skipped {row['image_id']}: {error.status}: {error}", markup=False, highlight=False)
@@ -283,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sam.image_encoder, EngineImageEncoder):
         raise JobError(f"{config.student} is quantized already; give the float checkpoint that it was made of")
     with clock.stage("read"):
-        draw = read_images(config, rows, sam.image_encoder.img_size)
+        draw = read_images(config, rows)
     if config.overwrite:
         for name in (RUN_FILE, CONFIG_FILE):  # from here on, the folder is no finished model
             delete(join(config.output, name))

@@ -153,7 +153,6 @@ def odd_lake() -> Callable[[Path], dict[str, str]]:
             "text.jpg": "not_an_image",
             "truncated.jpg": "truncated",
             "bomb.png": "too_large",
-            "narrow.png": "too_narrow",
         }
         return {name: bad.get(name, "ok") for name in files}
 

@@ -120,7 +120,7 @@ def test_odd_files_become_upright_rgb_of_the_right_size(tmp_path: Path, odd_lake
         if row["status"] != "ok":
             assert row["error"]
             continue
-        size = {"1x1.png": (1, 1), "rotated.jpg": (60, 40)}.get(name, (40, 60))
+        size = {"1x1.png": (1, 1), "rotated.jpg": (60, 40), "narrow.png": (2000, 1)}.get(name, (40, 60))
         assert (row["height"], row["width"]) == size, name
         assert max(row["input_height"], row["input_width"]) == 64
         assert pixels_of(row).shape == (row["input_height"], row["input_width"], 3)
