@@ -90,14 +90,20 @@ class MaskGeneratorConfig:
 class HierarchicalConfig(MaskGeneratorConfig):
     """Options of the hierarchical mode: the paper's defaults (a grid of 8, then of 32, and a threshold of 8.5)."""
 
+    rounds: int = 2
+    """Grids in all, from the coarse one to the dense one in steps of equal ratio: 3 gives 8, 16 and 32. The paper has
+    2; with more, what a middle round finds spares points of the dense one (our choice)."""
+
     coarse_ratio: float = 4
     """The first round's grid has points_per_side divided by this along each side, rounded; 3.2 gives 10 before 32."""
 
     high_score_thresh: float = 8.5
-    """Pixels whose logit is above this in a mask kept by the first round get no point in the second."""
+    """Pixels whose logit is above this in a mask kept by one round get no point in the later ones."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, not {self.rounds}")
         if not 1 <= self.coarse_ratio < math.inf:
             raise ValueError(f"coarse_ratio must be at least 1, not {self.coarse_ratio}")
         if math.isnan(self.high_score_thresh):

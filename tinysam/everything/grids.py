@@ -69,11 +69,17 @@ def layer_grids(config: MaskGeneratorConfig, point_grids: Sequence[ArrayLike] | 
     return grids
 
 
-def coarse_grid(dense: np.ndarray, ratio: float) -> np.ndarray:
-    """The first round's grid for a dense one: regular, with ``ratio`` times fewer points a side, but at least one."""
+def round_grids(dense: np.ndarray, ratio: float, rounds: int) -> list[np.ndarray]:
+    """The grids of all rounds, the last of them ``dense``.
+
+    The ones before are regular. The first has ``ratio`` times fewer points a side, the others lie between in steps of
+    equal ratio; each has at least one point, unless ``dense`` has none.
+    """
     if len(dense) == 0:
-        return dense
-    return build_point_grid(max(1, round(len(dense) ** 0.5 / ratio)))
+        return [dense]
+    side = len(dense) ** 0.5
+    left = [ratio ** (1 - i / (rounds - 1)) for i in range(rounds - 1)]
+    return [*(build_point_grid(max(1, round(side / r))) for r in left), dense]
 
 
 def pixels_of(points: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

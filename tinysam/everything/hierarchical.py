@@ -1,4 +1,4 @@
-"""SamHierarchicalMaskGenerator: TinySAM's everything mode, a coarse grid first and a dense one where needed."""
+"""SamHierarchicalMaskGenerator: TinySAM's everything mode, a coarse grid first and denser ones where needed."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from segment_anything.modeling import Sam
 from tinysam.everything.candidates import Candidates
 from tinysam.everything.config import HierarchicalConfig, OutputMode, Precision
 from tinysam.everything.generator import SamAutomaticMaskGenerator, Scene
-from tinysam.everything.grids import coarse_grid, pixels_of
+from tinysam.everything.grids import pixels_of, round_grids
 
 
 class SamHierarchicalMaskGenerator(SamAutomaticMaskGenerator):
-    """Segments everything in an image in two rounds (TinySAM, arXiv 2312.13789, section 3.3).
+    """Segments everything in an image in rounds (TinySAM, arXiv 2312.13789, section 3.3, where they are two).
 
-    The first round prompts a coarse grid. The second prompts the points of the dense grid that no mask kept by the
-    first round covers confidently. Both rounds' masks are then merged by one suppression. Crops are segmented each in
-    two rounds of their own.
+    The first round prompts a coarse grid. Each later one prompts the points of a denser grid that no mask kept so far
+    covers confidently. All rounds' masks are then merged by one suppression. Crops are segmented each in rounds of
+    their own.
     """
 
     __slots__ = ()
@@ -41,6 +41,7 @@ class SamHierarchicalMaskGenerator(SamAutomaticMaskGenerator):
         point_grids: Sequence[ArrayLike] | None = None,
         min_mask_region_area: int = 0,
         output_mode: OutputMode = "binary_mask",
+        rounds: int = 2,
         coarse_ratio: float = 4,
         high_score_thresh: float = 8.5,
         precision: Precision = "float32",
@@ -48,7 +49,7 @@ class SamHierarchicalMaskGenerator(SamAutomaticMaskGenerator):
         """
         Args:
             model: any Sam, on any device.
-            point_grids: instead of ``points_per_side``: for each crop layer, the second round's (N, 2) points (x, y)
+            point_grids: instead of ``points_per_side``: for each crop layer, the last round's (N, 2) points (x, y)
                 in 0..1. The first round's grid is regular, with about N / coarse_ratio**2 points.
 
         ``HierarchicalConfig`` describes the other options.
@@ -70,15 +71,22 @@ class SamHierarchicalMaskGenerator(SamAutomaticMaskGenerator):
             min_mask_region_area=min_mask_region_area,
             output_mode=output_mode,
             precision=precision,
+            rounds=rounds,
             coarse_ratio=coarse_ratio,
             high_score_thresh=high_score_thresh,
         )
         self._setup(model, config, point_grids)
 
     def _segment(self, scene: Scene, grid: np.ndarray) -> Candidates:
-        size = scene.encoded.size
-        dense = grid * size[::-1]
-        coarse = coarse_grid(grid, self.config.coarse_ratio) * size[::-1]
-        first, logits = self._segment_points(scene, coarse, probed=pixels_of(dense, size))
-        second, _ = self._segment_points(scene, dense[logits <= self.config.high_score_thresh])
-        return Candidates.concatenate([first, second])
+        size, config = scene.encoded.size, self.config
+        grids = round_grids(grid, config.coarse_ratio, config.rounds)
+        points = np.concatenate(grids) * size[::-1]
+        number = np.repeat(np.arange(len(grids)), [len(one) for one in grids])
+        covered = np.zeros(len(points), bool)
+        found = []
+        for current in range(len(grids)):
+            now, later = (np.flatnonzero(of & ~covered) for of in (number == current, number > current))
+            masks, logits = self._segment_points(scene, points[now], probed=pixels_of(points[later], size))
+            covered[later] = logits > config.high_score_thresh
+            found.append(masks)
+        return Candidates.concatenate(found)

@@ -6,20 +6,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 from segment_anything.utils.amg import build_point_grid
 
-from tinysam.everything.grids import coarse_grid, crops_of, pixels_of
+from tinysam.everything.grids import crops_of, pixels_of, round_grids
 
 
-@pytest.mark.parametrize(("ratio", "side"), [(4, 8), (3.2, 10), (8, 4), (1, 32), (1000, 1)])
-def test_the_coarse_grid_sits_on_cell_centres(ratio: float, side: int) -> None:
-    coarse = coarse_grid(build_point_grid(32), ratio)
-    centres = (np.arange(side) + 0.5) / side
-    np.testing.assert_allclose(np.unique(coarse[:, 0]), centres)
-    np.testing.assert_allclose(np.unique(coarse[:, 1]), centres)
-    assert len(coarse) == side**2
+@pytest.mark.parametrize(
+    ("ratio", "rounds", "sides"),
+    [
+        (4, 2, [8, 32]),
+        (3.2, 2, [10, 32]),
+        (8, 2, [4, 32]),
+        (1, 2, [32, 32]),
+        (1000, 2, [1, 32]),
+        (4, 3, [8, 16, 32]),
+        (8, 4, [4, 8, 16, 32]),
+        (4, 1, [32]),
+    ],
+)
+def test_each_rounds_grid_sits_on_cell_centres(ratio: float, rounds: int, sides: list[int]) -> None:
+    grids = round_grids(build_point_grid(32), ratio, rounds)
+    assert len(grids) == len(sides)
+    for grid, side in zip(grids, sides, strict=True):
+        centres = (np.arange(side) + 0.5) / side
+        np.testing.assert_allclose(np.unique(grid[:, 0]), centres)
+        np.testing.assert_allclose(np.unique(grid[:, 1]), centres)
+        assert len(grid) == side**2
 
 
 def test_no_dense_points_mean_no_coarse_ones() -> None:
-    assert coarse_grid(np.zeros((0, 2)), 4).shape == (0, 2)
+    assert [len(grid) for grid in round_grids(np.zeros((0, 2)), 4, 3)] == [0]
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2), st.floats(0, 1))

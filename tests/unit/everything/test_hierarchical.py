@@ -59,6 +59,29 @@ def test_the_second_round_prompts_what_the_first_left_uncovered(
         np.testing.assert_allclose(a["point_coords"], b["point_coords"], rtol=1e-12)
 
 
+def test_a_middle_round_spares_points_of_the_dense_one(blob_sam: Sam, photograph: np.ndarray) -> None:
+    coarse, middle, dense = (build_point_grid(side) for side in (4, 6, 8))
+    left = uncovered(blob_sam, photograph, coarse, middle, tau=3.0)
+    prompted = np.concatenate([coarse, left])
+    last = uncovered(blob_sam, photograph, prompted, dense, tau=3.0)
+    assert len(last) < len(uncovered(blob_sam, photograph, coarse, dense, tau=3.0))
+    expected = segment_anything.SamAutomaticMaskGenerator(
+        blob_sam, **{**OPTIONS, "points_per_side": None}, point_grids=[np.concatenate([prompted, last])]
+    ).generate(photograph)
+    ours = SamHierarchicalMaskGenerator(
+        blob_sam, **OPTIONS, rounds=3, coarse_ratio=2, high_score_thresh=3.0, points_per_batch=5
+    ).generate(photograph)
+    assert len(ours) == len(expected) >= 5
+    for a, b in zip(ours, expected, strict=True):
+        assert np.count_nonzero(a["segmentation"] != b["segmentation"]) <= 2
+        np.testing.assert_allclose(a["point_coords"], b["point_coords"], rtol=1e-12)
+
+
+def test_one_round_is_the_flat_grid(blob_sam: Sam, photograph: np.ndarray) -> None:
+    ours = SamHierarchicalMaskGenerator(blob_sam, **OPTIONS, rounds=1).generate(photograph)
+    assert summary(ours) == summary(SamAutomaticMaskGenerator(blob_sam, **OPTIONS).generate(photograph))
+
+
 def grid_of_both_rounds(points_per_side: int, coarse_side: int) -> np.ndarray:
     return np.concatenate([build_point_grid(coarse_side), build_point_grid(points_per_side)])
 
@@ -142,7 +165,7 @@ def test_tiny_and_elongated_images_are_segmented(blob_sam: Sam, size: tuple[int,
 def test_defaults_are_the_papers(blob_sam: Sam) -> None:
     config = SamHierarchicalMaskGenerator(blob_sam).config
     assert config == HierarchicalConfig()
-    assert (config.points_per_side, config.coarse_ratio, config.high_score_thresh) == (32, 4, 8.5)
+    assert (config.points_per_side, config.rounds, config.coarse_ratio, config.high_score_thresh) == (32, 2, 4, 8.5)
     assert (config.pred_iou_thresh, config.stability_score_thresh, config.box_nms_thresh) == (0.88, 0.95, 0.7)
 
 
