@@ -55,7 +55,7 @@ def with_engine(sam: Sam, choice: EngineChoice = "auto", *, bf16: bool = False, 
     if sam.device.type != "cpu":
         raise EngineError(f"{choice} runs on CPUs, the model is on {sam.device}; choose torch or compiled")
     config = EngineConfig(engine=choice, precision="auto" if bf16 and choice == "openvino" else "fp32")
-    return with_encoder(sam, EngineImageEncoder(_float_graph(sam.image_encoder, graphs), config))
+    return with_encoder(sam, EngineImageEncoder(_float_graph(sam, graphs), config))
 
 
 def engine_name(sam: Sam) -> str:
@@ -77,20 +77,21 @@ def _automatic(sam: Sam, bf16: bool, graphs: Path | None) -> Sam:
         return sam
 
 
-def _float_graph(encoder: nn.Module, graphs: Path | None) -> bytes:
-    """The encoder's ONNX graph, from the cache or exported into it."""
-    path = (graphs or weights_folder() / "graphs") / f"{_identity(encoder)}.onnx"
+def _float_graph(sam: Sam, graphs: Path | None) -> bytes:
+    """The image encoder's ONNX graph, from the cache or exported into it."""
+    encoder, image_size = sam.image_encoder, sam.image_encoder.img_size
+    path = (graphs or weights_folder() / "graphs") / f"{_identity(encoder, image_size)}.onnx"
     if path.exists():
         return read_bytes(str(path))
-    graph: bytes = export_graph(encoder, int(encoder.img_size)).SerializeToString()
+    graph: bytes = export_graph(encoder, image_size).SerializeToString()
     # Whole or not at all: other workers of this machine may look for it right now.
     write_once(str(path), graph)
     return graph
 
 
-def _identity(encoder: nn.Module) -> str:
+def _identity(encoder: nn.Module, image_size: int) -> str:
     """A hash of all that an exported graph depends on."""
-    digest = hashlib.sha256(f"{GRAPH_VERSION} {torch.__version__} {encoder.img_size} {encoder}".encode())
+    digest = hashlib.sha256(f"{GRAPH_VERSION} {torch.__version__} {image_size} {encoder}".encode())
     for name, value in encoder.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
