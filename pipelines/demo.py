@@ -125,6 +125,7 @@ def plan(config: DemoConfig, lake: DemoLake, url: str, page: Path) -> list[Stage
             command=(
                 *("pipelines/evaluate.py", "--checkpoints", config.teacher, trained, quantized),
                 *("--lake", lake.held_out, "--annotations", lake.instances, "--output", scores, *EVERYTHING),
+                *("--images-per-shard", "2", "--clicks.clicks", "3"),
             ),
         ),
         Stage(

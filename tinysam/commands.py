@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +18,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tinysam.lake.filesystem import LakeError, read_bytes, write_once
+from tinysam.lake.filesystem import LakeError, read_bytes, redact_url, write_once
 from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.rle import encode_rle, rle_bbox
 from tinysam.overlay import draw_masks, draw_prompts
-from tinysam.weights import PUBLIC_FILES, SHIPPED, WeightsError, fetch, locate, resolve
+from tinysam.weights import PUBLIC_FILES, SHIPPED, WeightsError, fetch, locate, shipped_path
 
 if TYPE_CHECKING:
     from segment_anything.modeling import Sam
+
+
+MAX_FINDINGS = 20
+"""Lines of ``verify`` about single files."""
 
 
 class CommandError(Exception):
@@ -110,8 +115,6 @@ def weights(arguments: argparse.Namespace) -> None:
         _list_weights(arguments.folder)
         return
     if name in SHIPPED:
-        from tinysam.modeling.checkpoint import shipped_path
-
         _say(f"{name} comes with this package: {shipped_path(name)}")
         return
     if name not in PUBLIC_FILES:
@@ -151,10 +154,49 @@ def report(arguments: argparse.Namespace) -> None:
     _say(path)
 
 
+def verify(arguments: argparse.Namespace) -> None:
+    """Checks a job's output, says what is wrong, and deletes it if asked to."""
+    from tinysam.verify import repair
+    from tinysam.verify import verify as check
+
+    with _progress() as progress:
+        result = check(arguments.output, progress=progress)
+    for finding in result.findings[:MAX_FINDINGS]:
+        _say(f"{finding.kind}: {redact_url(finding.url)}: {finding.message}")
+    if len(result.findings) > MAX_FINDINGS:
+        _say(f"… and {len(result.findings) - MAX_FINDINGS:,} more")
+    if result.ok:
+        counts = ", ".join(f"{count:,} {status}" for status, count in sorted(result.counts.items()))
+        _say(f"{result.images:,} images in {result.shards:,} shards are whole: {counts}")
+        return
+    if arguments.repair:
+        deleted = repair(result)
+        _say(f"deleted {len(deleted):,} files")
+        raise CommandError("the output was not whole; run the job again, which makes what is missing")
+    kinds = Counter(finding.kind for finding in result.findings)
+    found = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
+    remedy = "run the job again" if set(kinds) == {"missing"} else "use --repair, then run the job again"
+    raise CommandError(f"the output is not whole ({found}): {remedy}")
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Writes the masks of a label job in the format of another tool."""
+    from tinysam.export import export as write
+
+    with _progress() as progress:
+        exported = write(arguments.labels, arguments.format, arguments.to, progress=progress)
+    _say(f"{exported.masks:,} masks of {exported.images:,} images → {redact_url(exported.url)}")
+    if exported.left_out:
+        counts = ", ".join(f"{count:,} {status}" for status, count in sorted(exported.left_out.items()))
+        _say(f"left out, as they could not be labelled: {counts}")
+
+
 COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "segment": segment,
     "everything": everything,
     "weights": weights,
+    "verify": verify,
+    "export": export,
     "report": report,
 }
 
@@ -163,7 +205,11 @@ def expected_errors() -> tuple[type[Exception], ...]:
     """The errors whose messages are written for people, and that need no traceback."""
     errors: list[type[Exception]] = [CommandError, LakeError, ImageError, WeightsError]
     # Only a module that is loaded can have raised; loading torch to find out would take seconds.
-    for module, name in (("tinysam.modeling.checkpoint", "CheckpointError"), ("tinysam.report.page", "ReportError")):
+    for module, name in (
+        ("tinysam.modeling.checkpoint", "CheckpointError"),
+        ("tinysam.report.page", "ReportError"),
+        ("tinysam.export.labels", "ExportError"),
+    ):
         if module in sys.modules:
             errors.append(getattr(sys.modules[module], name))
     return tuple(errors)
@@ -208,7 +254,7 @@ def _load(model: str, device: str) -> Sam:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise CommandError("there is no GPU that torch can use; leave --device out")
-    return load(resolve(model)).to(device)
+    return load(model).to(device)
 
 
 def _record(mask: np.ndarray, predicted_iou: float, points: Sequence[Sequence[float]]) -> dict[str, Any]:

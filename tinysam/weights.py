@@ -16,6 +16,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import IO
 
@@ -112,12 +113,19 @@ def weights_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tinysam"
 
 
+def shipped_path(name: str) -> Path:
+    """Where the weights of one of ``SHIPPED`` lie in the installed package."""
+    return Path(str(resources.files("tinysam"))) / "checkpoints" / f"{name}.safetensors"
+
+
 def resolve(path_or_name: str) -> str:
-    """The path of a public checkpoint that was fetched; anything but the name of one is returned as it is.
+    """The path of a shipped model, or of a public checkpoint that was fetched; anything else is returned as it is.
 
     Raises:
         WeightsError: for a public checkpoint that was not fetched.
     """
+    if path_or_name in SHIPPED:
+        return str(shipped_path(path_or_name))
     if path_or_name not in PUBLIC_FILES:
         return path_or_name
     path = locate(path_or_name)

@@ -6,29 +6,31 @@ from pipelines.common.cli import JobError
 from tinysam.lake.filesystem import explained, list_files, open_filesystem
 from tinysam.lake.fingerprint import file_sha256, fingerprint
 from tinysam.lake.run_record import RUN_FILE
-from tinysam.modeling.checkpoint import SHIPPED, shipped_path
 from tinysam.modeling.registry import CONFIGS
+from tinysam.weights import SHIPPED, WeightsError, resolve
 
 
 def weights_sha256(path_or_name: str) -> str:
     """SHA-256 of what ``tinysam.load(path_or_name)`` reads; for a quantized folder, a fingerprint of its files' hashes.
 
     Raises:
-        JobError: for the name of an architecture that ships no weights.
+        JobError: for the name of an architecture that ships no weights, or of a public checkpoint not fetched yet.
         LakeError: if there is no such file.
     """
-    if path_or_name in SHIPPED:
-        return file_sha256(str(shipped_path(path_or_name)))
-    if path_or_name in CONFIGS:
+    if path_or_name in CONFIGS and path_or_name not in SHIPPED:
         raise JobError(
             f"{path_or_name!r} names an architecture without weights: give the path or URL of a checkpoint, or one of "
             + ", ".join(SHIPPED)
         )
-    fs, path = open_filesystem(path_or_name)
-    with explained(path_or_name):
+    try:
+        url = resolve(path_or_name)
+    except WeightsError as error:
+        raise JobError(str(error)) from error
+    fs, path = open_filesystem(url)
+    with explained(url):
         is_folder = fs.isdir(path)
     if not is_folder:
-        return file_sha256(path_or_name)
-    names = {url.rsplit("/", 1)[-1]: url for url in list_files(path_or_name)}
+        return file_sha256(url)
+    names = {file.rsplit("/", 1)[-1]: file for file in list_files(url)}
     # The run record says when and where, which changes no result.
-    return fingerprint({name: file_sha256(url) for name, url in names.items() if name != RUN_FILE})
+    return fingerprint({name: file_sha256(file) for name, file in names.items() if name != RUN_FILE})

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
-from tinysam import weights
+from tinysam import CheckpointError, load, sam_model_registry, weights
 from tinysam.lake.filesystem import LakeError
-from tinysam.weights import PUBLIC_FILES, PublicFile, WeightsError, fetch, locate, resolve
+from tinysam.weights import PUBLIC_FILES, SHIPPED, PublicFile, WeightsError, fetch, locate, resolve
 
 CONTENT = bytes(range(256)) * 9000
 
@@ -252,3 +253,18 @@ def test_public_files_are_fetched_safely(file: PublicFile) -> None:
     assert file.url.startswith("https://")
     assert file.filename.endswith((".pth", ".pt"))
     assert file.sha256 is None or re.fullmatch(r"[0-9a-f]{64}", file.sha256)
+
+
+def test_shipped_models_resolve_to_their_files() -> None:
+    for name in SHIPPED:
+        assert Path(resolve(name)).stat().st_size > 1e6
+
+
+def test_a_public_model_loads_by_name_once_it_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TINYSAM_HOME", str(tmp_path))
+    with pytest.raises(CheckpointError, match="tinysam weights mobile_sam"):
+        load("mobile_sam")
+    sam = sam_model_registry["vit_t"]()
+    torch.save(sam.state_dict(), tmp_path / "mobile_sam.pt")
+    found = load("mobile_sam")
+    assert torch.equal(found.mask_decoder.iou_token.weight, sam.mask_decoder.iou_token.weight)

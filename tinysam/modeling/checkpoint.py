@@ -9,8 +9,6 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib import resources
-from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -20,9 +18,9 @@ from segment_anything.modeling import ImageEncoderViT, Sam
 
 from tinysam.lake.filesystem import is_local, open_filesystem, read_bytes, write_once
 from tinysam.modeling.registry import CONFIGS, SamConfig, ViTConfig, build_sam
+from tinysam.weights import SHIPPED, WeightsError, resolve
 
 CONFIG_KEY = "tinysam_config"
-SHIPPED = ("demo_teacher", "demo_student")
 
 # The public TinyViT code's module names, and timm's (SCIENCE.md's key layout of mobile_sam.pt and tinysam_42.3.pth).
 _PUBLIC_TO_TIMM = (
@@ -39,39 +37,36 @@ class CheckpointError(Exception):
 
 
 def load(path_or_name: str) -> Sam:
-    """A Sam in eval mode from a checkpoint, a quantized folder, or the name of a model that ships with the project.
+    """A Sam in eval mode from a checkpoint, a quantized folder, or the name of a model.
 
     Args:
-        path_or_name: ``demo_teacher`` or ``demo_student``; the path or URL of a safetensors file written by
-            :func:`save_checkpoint`; a public SAM, MobileSAM or TinySAM ``.pth``/``.pt`` file; or a folder written by
-            ``pipelines/quantize.py``.
+        path_or_name: ``demo_teacher`` or ``demo_student``; the name of a public checkpoint that ``tinysam weights``
+            fetched, such as ``mobile_sam``; the path or URL of a safetensors file written by :func:`save_checkpoint`;
+            a public SAM, MobileSAM or TinySAM ``.pth``/``.pt`` file; or a folder written by ``pipelines/quantize.py``.
 
     Raises:
         CheckpointError: if there is no such file or it is none of these.
     """
-    if path_or_name in SHIPPED:
-        return load(str(shipped_path(path_or_name)))
-    if path_or_name in CONFIGS:
+    if path_or_name in CONFIGS and path_or_name not in SHIPPED:
         raise CheckpointError(
             f"{path_or_name!r} names an architecture without weights. Give the path of a checkpoint, "
             f"or build it with random weights: sam_model_registry[{path_or_name!r}]()"
         )
-    fs, path = open_filesystem(path_or_name)
+    try:
+        url = resolve(path_or_name)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
+    fs, path = open_filesystem(url)
     if fs.isdir(path):
         from tinysam.quant import load_quantized
 
-        return load_quantized(path_or_name)
-    state, config = _read(path_or_name)
+        return load_quantized(url)
+    state, config = _read(url)
     if config is None:
-        config = _recognise(state, path_or_name)
+        config = _recognise(state, url)
     sam = build_sam(config)
-    _load_state(sam, state, path_or_name)
+    _load_state(sam, state, url)
     return sam
-
-
-def shipped_path(name: str) -> Path:
-    """Where the weights of ``demo_teacher`` or ``demo_student`` lie in the installed package."""
-    return Path(str(resources.files("tinysam"))) / "checkpoints" / f"{name}.safetensors"
 
 
 def load_weights(sam: Sam, url: str) -> None:
