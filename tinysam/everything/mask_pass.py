@@ -14,6 +14,7 @@ import numba
 import numpy as np
 import torch
 
+from tinysam.everything.dense_mask_pass import sweep_dense
 from tinysam.everything.grids import Crop
 from tinysam.everything.resampling import Taps, composed
 
@@ -63,7 +64,7 @@ def mask_frame(
 
 
 def measure(low_res: torch.Tensor, frame: MaskFrame, threshold: float, offset: float) -> MeasuredMasks:
-    """Thresholds N masks at the original resolution, on as many threads as torch uses.
+    """Thresholds N masks at the original resolution, on as many threads as torch uses, or on the GPU they lie on.
 
     Args:
         low_res: (N, S, S) logits.
@@ -71,7 +72,29 @@ def measure(low_res: torch.Tensor, frame: MaskFrame, threshold: float, offset: f
         threshold: pixels with a logit above it belong to the mask.
         offset: the stability score compares thresholds this far above and below.
     """
-    logits = np.ascontiguousarray(low_res.float().cpu().numpy())
+    thresholds = (threshold - offset, threshold, threshold + offset)
+    if low_res.is_cuda:
+        run_lengths, statistics = sweep_dense(
+            low_res.float(), frame.rows, frame.columns, frame.crop, frame.image_size, thresholds
+        )
+    else:
+        run_lengths, statistics = _sweep_all(low_res, frame, thresholds)
+    # An empty union gives NaN, as in segment-anything.
+    with np.errstate(invalid="ignore"):
+        stability = statistics[:, 5].astype(np.float32) / statistics[:, 6].astype(np.float32)
+    return MeasuredMasks(
+        run_lengths=run_lengths,
+        boxes=statistics[:, :4],
+        areas=statistics[:, 4],
+        stability_score=stability,
+    )
+
+
+def _sweep_all(
+    low_res: torch.Tensor, frame: MaskFrame, thresholds: tuple[float, float, float]
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """``_sweep`` of N masks: their run lengths, and (N, 7) int64 statistics."""
+    logits = np.ascontiguousarray(low_res.float().numpy())
     height, width = frame.image_size
     rows, columns = frame.rows, frame.columns
 
@@ -81,7 +104,7 @@ def measure(low_res: torch.Tensor, frame: MaskFrame, threshold: float, offset: f
             (rows.start, rows.weights, rows.first, rows.last),
             (columns.start, columns.weights),
             (frame.crop.y0, frame.crop.x0, height, width),
-            (np.float32(threshold - offset), np.float32(threshold), np.float32(threshold + offset)),
+            tuple(np.float32(threshold) for threshold in thresholds),
         )
 
     threads = min(torch.get_num_threads(), len(logits))
@@ -91,15 +114,7 @@ def measure(low_res: torch.Tensor, frame: MaskFrame, threshold: float, offset: f
     else:
         results = [one(i) for i in range(len(logits))]
     statistics = np.array([result[1] for result in results], np.int64).reshape(-1, 7)
-    # An empty union gives NaN, as in segment-anything.
-    with np.errstate(invalid="ignore"):
-        stability = statistics[:, 5].astype(np.float32) / statistics[:, 6].astype(np.float32)
-    return MeasuredMasks(
-        run_lengths=[result[0] for result in results],
-        boxes=statistics[:, :4],
-        areas=statistics[:, 4],
-        stability_score=stability,
-    )
+    return [result[0] for result in results], statistics
 
 
 def probe(low_res: torch.Tensor, frame: MaskFrame, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
