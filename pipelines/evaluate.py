@@ -14,10 +14,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found without an installation, and first of all
 
@@ -32,7 +32,7 @@ from pipelines.common.models import weights_sha256
 from pipelines.common.read_ahead import read_ahead
 from pipelines.common.shard_job import ShardJob
 from pipelines.common.shard_worker import Placement, ShardWorker
-from tinysam import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator, load
+from tinysam import SamHierarchicalMaskGenerator, load
 from tinysam.eval import ClickConfig, EvalConfig, evaluate_image
 from tinysam.eval.detections import read_detections, read_results, write_detections
 from tinysam.eval.ground_truth import Objects, coco_image_ids, read_objects
@@ -40,7 +40,7 @@ from tinysam.eval.image import TASKS, Task
 from tinysam.eval.reduce import Reduction, reduce_scores
 from tinysam.eval.results import to_json, to_markdown
 from tinysam.eval.rows import SCORES, to_row
-from tinysam.everything import HierarchicalConfig, MaskGeneratorConfig
+from tinysam.everything import HierarchicalConfig
 from tinysam.lake import schema
 from tinysam.lake.coco import CocoFile
 from tinysam.lake.filesystem import join, write_once
@@ -48,6 +48,7 @@ from tinysam.lake.fingerprint import file_sha256, fingerprint
 from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.index import build_index, read_image_bytes
 from tinysam.lake.run_record import RunRecord
+from tinysam.runtime.choice import EngineChoice, engine_name, with_engine
 
 DETECTIONS_FILE = "detections.parquet"
 
@@ -68,10 +69,10 @@ class EvaluateConfig(ShardJobConfig):
 
     clicks: ClickConfig = field(default_factory=ClickConfig)
     """How clicks are simulated."""
-    generator: Literal["hierarchical", "flat"] = "hierarchical"
-    """Everything mode. hierarchical: a coarse grid first, then points where it found nothing. flat: SAM's grid."""
+    engine: EngineChoice = "auto"
+    """What embeds the images. auto: OpenVINO on CPUs, torch on GPUs. Quantized models bring their own."""
     everything: HierarchicalConfig = field(default_factory=lambda: HierarchicalConfig(output_mode="coco_rle"))
-    """Options of the generator; coarse_ratio and high_score_thresh are for the hierarchical one."""
+    """Options of everything mode; --everything.rounds 1 is SAM's own flat grid."""
     prompts_per_batch: int = 64
     """Box and click prompts that are decoded together."""
 
@@ -107,22 +108,17 @@ class EvaluateConfig(ShardJobConfig):
         """The data set's name in the results."""
         return self.name or PurePosixPath(self.lake.rstrip("/")).name or self.lake
 
-    def generator_options(self) -> dict[str, Any]:
-        """Arguments of the mask generator."""
-        kind = HierarchicalConfig if self.generator == "hierarchical" else MaskGeneratorConfig
-        return {option.name: getattr(self.everything, option.name) for option in fields(kind)}
-
     def identity(self) -> dict[str, Any]:
         """What decides about the rows beside the weights."""
-        identity: dict[str, Any] = {"tasks": sorted(set(self.tasks))}
+        identity: dict[str, Any] = {"tasks": sorted(set(self.tasks)), "engine": self.engine}
         if self.detections is not None:
             identity["detections"] = file_sha256(self.detections)
         if "points" in self.tasks:
             identity["clicks"] = asdict(self.clicks)
         if "everything" in self.tasks:
-            options = self.generator_options()
+            options = asdict(self.everything)
             del options["points_per_batch"]  # changes memory and speed alone
-            identity["everything"] = {"generator": self.generator, **options}
+            identity["everything"] = options
         return identity
 
 
@@ -139,11 +135,10 @@ class EvaluateWorker(ShardWorker):
         self._config, self._placement = config, placement
         self._facts = {"model": checkpoint, "model_sha256": sha256, "evaluation": fingerprint(config.identity())}
         self._detections_url = detections_url
-        self._sam = load(checkpoint).to(placement.device)
-        self._generator: SamAutomaticMaskGenerator | None = None
-        if "everything" in config.tasks:
-            kind = SamHierarchicalMaskGenerator if config.generator == "hierarchical" else SamAutomaticMaskGenerator
-            self._generator = kind(self._sam, **config.generator_options())
+        bf16 = config.everything.precision == "bfloat16"
+        self._sam = with_engine(load(checkpoint).to(placement.device), config.engine, bf16=bf16)
+        self._facts["engine"] = engine_name(self._sam)
+        self._generator = SamHierarchicalMaskGenerator.from_config(self._sam, config.everything)
 
     def metadata(self) -> dict[str, str]:
         """What the scores belong to."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found without an installation, and first of all
 
@@ -26,12 +26,13 @@ from pipelines.common.models import weights_sha256
 from pipelines.common.read_ahead import read_ahead
 from pipelines.common.shard_job import ShardJob
 from pipelines.common.shard_worker import Placement, ShardWorker
-from tinysam import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator, load
-from tinysam.everything.config import HierarchicalConfig, MaskGeneratorConfig
+from tinysam import SamHierarchicalMaskGenerator, load
+from tinysam.everything import HierarchicalConfig
 from tinysam.lake import schema
 from tinysam.lake.fingerprint import fingerprint
 from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.index import read_image_bytes
+from tinysam.runtime.choice import EngineChoice, engine_name, with_engine
 
 DEFAULT_STUDENT = "demo_student"
 
@@ -44,10 +45,11 @@ class LabelImagesConfig(ShardJobConfig):
     """The model: a name, or a checkpoint's path or URL. None: "demo_student", unless --quantized names a model."""
     quantized: str | None = None
     """Folder of a quantized student (pipelines/quantize.py), instead of --student. Runs on CPUs."""
-    generator: Literal["hierarchical", "flat"] = "hierarchical"
-    """hierarchical: a coarse grid first, then points where it found nothing. flat: SAM's own dense grid."""
+    engine: EngineChoice = "auto"
+    """What embeds the images. auto: OpenVINO on CPUs, torch on GPUs. compiled: torch.compile. A quantized student
+    brings its own."""
     everything: HierarchicalConfig = field(default_factory=lambda: HierarchicalConfig(output_mode="coco_rle"))
-    """Options of the generator."""
+    """Options of everything mode; --everything.rounds 1 is SAM's own flat grid."""
     min_area: int = 0
     """Masks with fewer pixels are left out."""
     max_area: int | None = None
@@ -63,11 +65,6 @@ class LabelImagesConfig(ShardJobConfig):
             raise ValueError("--quantized runs on CPUs; leave --device out")
         if self.everything.output_mode != "coco_rle":
             raise ValueError("masks are stored as run lengths; leave --everything.output-mode out")
-        for option in fields(HierarchicalConfig):
-            changed = getattr(self.everything, option.name) != option.default
-            if changed and option.name not in self.generator_options():
-                flag = option.name.replace("_", "-")
-                raise ValueError(f"--everything.{flag} is an option of --generator hierarchical; leave it out")
         if self.min_area < 0:
             raise ValueError("--min-area must not be negative")
         if self.max_area is not None and self.max_area < self.min_area:
@@ -80,16 +77,11 @@ class LabelImagesConfig(ShardJobConfig):
         """What to load."""
         return self.quantized or self.student or DEFAULT_STUDENT
 
-    def generator_options(self) -> dict[str, Any]:
-        """Arguments of the mask generator."""
-        kind = HierarchicalConfig if self.generator == "hierarchical" else MaskGeneratorConfig
-        return {option.name: getattr(self.everything, option.name) for option in fields(kind)}
-
     def labelling(self) -> dict[str, Any]:
         """What decides about the masks beside the weights."""
-        options = self.generator_options()
+        options = asdict(self.everything)
         del options["points_per_batch"]  # changes memory and speed alone
-        names = ("generator", "min_area", "max_area", "max_masks")
+        names = ("engine", "min_area", "max_area", "max_masks")
         return {"everything": options, **{name: getattr(self, name) for name in names}}
 
 
@@ -103,8 +95,8 @@ class LabelImagesWorker(ShardWorker):
         self._config, self._model_sha256, self._placement = config, model_sha256, placement
         torch.backends.cudnn.deterministic = True
         sam = load(config.model).to(placement.device)
-        kind = SamHierarchicalMaskGenerator if config.generator == "hierarchical" else SamAutomaticMaskGenerator
-        self._generator: SamAutomaticMaskGenerator = kind(sam, **config.generator_options())
+        self._sam = with_engine(sam, config.engine, bf16=config.everything.precision == "bfloat16")
+        self._generator = SamHierarchicalMaskGenerator.from_config(self._sam, config.everything)
 
     def metadata(self) -> dict[str, str]:
         """What the masks were made with."""
@@ -112,6 +104,7 @@ class LabelImagesWorker(ShardWorker):
             "model": self._config.model,
             "model_sha256": self._model_sha256,
             "labelling": fingerprint(self._config.labelling()),
+            "engine": engine_name(self._sam),
         }
 
     def process(self, rows: pa.Table) -> pa.Table:

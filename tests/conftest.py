@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # A test machine has few cores: one thread each keeps parallel Ray workers from fighting over them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,14 @@ import numpy as np
 import pytest
 import torch
 from segment_anything.modeling import Sam
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _home_of_this_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Checkpoints and graphs that a test fetches or exports are not those of the user."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TINYSAM_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture

@@ -88,6 +88,7 @@ def test_rows_hold_the_scores_of_each_image(labelled: tuple[Path, Path], tiny_sa
         output="",
         checkpoints=(tiny_checkpoint,),
         clicks=ClickConfig(clicks=2),
+        engine="torch",
         everything=HierarchicalConfig(**EASY),
     )
     rows = {row["image_id"]: row for row in process(config)}
@@ -265,8 +266,7 @@ def test_what_no_row_depends_on_is_no_part_of_the_run() -> None:
     assert identity(everything=grid(points_per_side=8)) != identity(everything=grid())
     assert identity(clicks=ClickConfig(clicks=2)) != identity()
     assert identity(tasks=("box",), clicks=ClickConfig(clicks=2)) == identity(tasks=("box",))
-    # The flat grid knows no coarse round.
-    assert identity(generator="flat", everything=grid(coarse_ratio=2)) == identity(generator="flat")
+    assert identity(engine="torch") != identity(engine="openvino")
 
 
 def test_a_lake_in_sa1bs_layout_needs_no_annotation_file(

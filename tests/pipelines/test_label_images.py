@@ -37,7 +37,8 @@ EASY = HierarchicalConfig(
 
 
 def make_worker(lake: Path, checkpoint: str, **options: Any) -> LabelImagesWorker:
-    config = LabelImagesConfig(**{"lake": str(lake), "output": "", "student": checkpoint, "everything": EASY} | options)
+    defaults = {"lake": str(lake), "output": "", "student": checkpoint, "engine": "torch", "everything": EASY}
+    config = LabelImagesConfig(**defaults | options)
     return LabelImagesWorker(config, "0" * 64, Placement(device="cpu", num_cpus=1))
 
 
@@ -49,18 +50,15 @@ def process(lake: Path, worker: LabelImagesWorker) -> list[dict[str, Any]]:
     return table.to_pylist()
 
 
-@pytest.mark.parametrize("generator", ["hierarchical", "flat"])
+@pytest.mark.parametrize("rounds", [2, 1])
 def test_rows_hold_the_generators_masks_at_original_resolution(
-    generator: str, tmp_path: Path, make_lake: Any, tiny_sam: Sam, tiny_checkpoint: str
+    rounds: int, tmp_path: Path, make_lake: Any, tiny_sam: Sam, tiny_checkpoint: str
 ) -> None:
     lake = make_lake(tmp_path / "lake", 2)
-    everything = EASY if generator == "hierarchical" else replace(EASY, coarse_ratio=HierarchicalConfig().coarse_ratio)
-    rows = process(lake, make_worker(lake, tiny_checkpoint, generator=generator, everything=everything))
+    rows = process(lake, make_worker(lake, tiny_checkpoint, everything=replace(EASY, rounds=rounds)))
     options: dict[str, Any] = {"points_per_side": 3, "pred_iou_thresh": -1e9, "stability_score_thresh": 0.0}
-    expected_generator: SamAutomaticMaskGenerator
-    if generator == "flat":
-        expected_generator = SamAutomaticMaskGenerator(tiny_sam, **options)
-    else:
+    expected_generator = SamAutomaticMaskGenerator(tiny_sam, **options)
+    if rounds == 2:
         expected_generator = SamHierarchicalMaskGenerator(tiny_sam, coarse_ratio=1.5, **options)
     for row in rows:
         pixels = decode_image((lake / row["image_id"]).read_bytes())
@@ -167,10 +165,6 @@ def test_the_job_writes_masks_and_its_record_to_s3(
         ({"min_area": 10, "max_area": 9}, "--max-area"),
         ({"max_masks": 0}, "--max-masks"),
         ({"everything": HierarchicalConfig(output_mode="binary_mask")}, "--everything.output-mode"),
-        (
-            {"generator": "flat", "everything": HierarchicalConfig(coarse_ratio=2, output_mode="coco_rle")},
-            "--everything.coarse-ratio",
-        ),
     ],
 )
 def test_flags_that_contradict_are_refused_by_name(options: dict[str, Any], flag: str) -> None:
@@ -185,3 +179,11 @@ def test_the_batch_of_prompts_is_no_part_of_the_run(tmp_path: Path) -> None:
 
     assert labelling(points_per_batch=16) == labelling(points_per_batch=256)
     assert labelling(points_per_side=16) != labelling(points_per_side=32)
+
+
+def test_the_engine_that_ran_is_named_in_the_shards(tmp_path: Path, make_lake: Any, tiny_checkpoint: str) -> None:
+    lake = make_lake(tmp_path / "lake", 1)
+    assert make_worker(lake, tiny_checkpoint).metadata()["engine"] == "torch"
+    worker = make_worker(lake, tiny_checkpoint, engine="auto")
+    assert worker.metadata()["engine"] == "openvino fp32"
+    assert process(lake, worker)[0]["masks"]
