@@ -3,43 +3,49 @@
     python pipelines/distill.py --cache s3://bucket/cache --output s3://bucket/student --student vit_t
 
 The cache is what pipelines/cache_teacher.py wrote. Running the same command again goes on from the newest checkpoint.
-The result is ``<output>/student.safetensors``, with ``history.csv`` and ``run.json`` beside it.
+The result is ``<output>/student.safetensors``, with ``history.csv``, ``curves.html`` and ``run.json`` beside it, and
+the weights that did best in validation in ``checkpoints/best.safetensors``. ``--config pipelines/recipes/tinysam.yaml``
+asks for the paper's recipe.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found without an installation, and first of all
 
-import numpy as np
 import torch
 from rich.table import Table
-from segment_anything.modeling import Sam
 
 from pipelines.common.cli import EXIT_OK, EXIT_TOO_MANY_ERRORS, JobError, console, error_console, parse_config, run_main
 from pipelines.common.models import weights_sha256
-from tinysam import load, sam_model_registry, save_checkpoint
-from tinysam.distill.cache import Cache, GroupSamples, open_cache
+from tinysam import load, save_checkpoint
+from tinysam.distill.cache import Cache, open_cache
+from tinysam.distill.curves import CURVES_FILE, curves_page
+from tinysam.distill.difficulty import MiningConfig
+from tinysam.distill.history import HISTORY_FILE, Follower, History, read_history, throughput
 from tinysam.distill.losses import LossConfig
+from tinysam.distill.optimizer import OptimizerConfig
+from tinysam.distill.progress import BEST
 from tinysam.distill.prompts import PromptConfig
-from tinysam.distill.samples import Sample, SampleConfig
-from tinysam.distill.trainer import OptimizerConfig, Trainer, TrainerConfig
+from tinysam.distill.samples import SampleConfig
+from tinysam.distill.student import build_student, is_untrained
+from tinysam.distill.teacher_masks import TeacherMaskConfig
+from tinysam.distill.trainer import NonFiniteLossError, Trainer, TrainerConfig
+from tinysam.distill.validation import validation_batches
 from tinysam.lake import schema
-from tinysam.lake.filesystem import exists, join, open_filesystem, read_bytes, write_once
+from tinysam.lake.filesystem import LakeError, exists, join, open_filesystem, write_once
 from tinysam.lake.fingerprint import fingerprint
-from tinysam.lake.run_record import RunRecord, check_same_run, read_run_record
+from tinysam.lake.run_record import RUN_FILE, RunRecord, check_same_run, read_run_record
+from tinysam.modeling.checkpoint import CheckpointError
 
 NO_TEACHER = "none"
 STUDENT_FILE = "student.safetensors"
-HISTORY_FILE = "history.csv"
 CHECKPOINTS_FOLDER = "checkpoints"
 
 
@@ -58,7 +64,10 @@ class DistillConfig:
     validation_images: int = 48
     """Images drawn from each validation cache."""
     student: str = "vit_t"
-    """What to train: a model's name (random weights), or a checkpoint to go on from."""
+    """What to train: a model's name or a checkpoint. Where it has weights (checkpoints, and the models that ship with
+    the project) training goes on from them."""
+    fresh: bool = False
+    """Take only the student's architecture, and begin with random weights."""
     teacher: str | None = None
     """Whose decoder teaches, a name or a checkpoint; it has to be the one that made the cache. "none" trains on ground
     truth alone. None: the teacher that the cache names, or ground truth alone where it has no embeddings."""
@@ -68,17 +77,23 @@ class DistillConfig:
     """Only as many shards as hold this many images."""
     num_workers: int = 0
     """Ray Train workers; 0 trains in this process, without a cluster."""
+    min_workers: int | None = None
+    """Train with as few workers as this where the cluster has no room for --num-workers, and with more once it has.
+    A change of their number goes on from the newest checkpoint. None: wait for all."""
     use_gpu: bool | None = None
     """One GPU for each worker. None: if the first of them sees one."""
     cpus_per_worker: int = 2
     """CPUs that each worker reserves, its loader's process included."""
     max_failures: int = 3
-    """How often a run starts over from its newest checkpoint after workers died; -1 for ever."""
+    """How often a run goes on from its newest checkpoint after workers died; -1 for ever. Bad shards, checkpoints that
+    do not fit and losses that are no number stop it at once."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     losses: LossConfig = field(default_factory=LossConfig)
     prompts: PromptConfig = field(default_factory=PromptConfig)
     samples: SampleConfig = field(default_factory=SampleConfig)
+    teacher_masks: TeacherMaskConfig = field(default_factory=TeacherMaskConfig)
+    mining: MiningConfig = field(default_factory=MiningConfig)
     max_error_rate: float = 0.05
     """Refuse a cache of whose images a larger part failed, and exit with code 3."""
     ray_address: str | None = None
@@ -95,21 +110,31 @@ class DistillConfig:
             raise ValueError("--limit must be at least 1")
         if self.num_workers < 0:
             raise ValueError("--num-workers must not be negative")
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+            raise ValueError("--min-workers must lie between 1 and --num-workers")
+        if self.validation_images < 1 or self.cpus_per_worker < 1 or self.max_failures < -1:
+            raise ValueError("--validation-images and --cpus-per-worker must be at least 1, --max-failures at least -1")
         if not 0 <= self.max_error_rate <= 1:
             raise ValueError("--max-error-rate must be between 0 and 1")
 
     def identity(self) -> dict[str, Any]:
-        """What two runs have in common of which one may continue the other."""
-        names = ("cache", "repeat", "limit", "init_decoder", "trainer", "optimizer", "losses", "prompts", "samples")
-        return {name: getattr(self, name) for name in names}
+        """What two runs have in common of which one may continue the other; models go by their content."""
+        names = (
+            *("cache", "repeat", "limit", "fresh", "init_decoder", "trainer", "optimizer", "losses", "prompts"),
+            *("samples", "teacher_masks", "mining"),
+        )
+        student = self.student if is_untrained(self.student) else weights_sha256(self.student)
+        return {"student": student, **{name: getattr(self, name) for name in names}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job; returns its exit code."""
     config = parse_config(DistillConfig, argv)
-    cache = _limited(open_cache(config.cache, config.repeat), config.limit)
-    teacher_name = _teacher_name(config, cache)
-    _check_teacher(teacher_name, cache)
+    cache = open_cache(config.cache, config.repeat)
+    if config.limit is not None:
+        cache = cache.limited(config.limit)
+    teacher = _teacher_name(config, cache)
+    _check_teacher(teacher, cache)
     if cache.embedding_shape is not None and config.samples.alters_pixels:
         raise JobError(
             "the cached embeddings belong to unaltered pixels; leave --samples.flip, --samples.color-jitter and the "
@@ -118,12 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _error_rate(config.cache) > config.max_error_rate:
         error_console.print(f"more than {config.max_error_rate:.0%} of the cached images failed: see their run.json")
         return EXIT_TOO_MANY_ERRORS
-    mark = fingerprint({"job": "distill", "student": config.student, "teacher": teacher_name, **config.identity()})
+    mark = fingerprint({"job": "distill", "teacher": cache.teacher_sha256 or teacher, **config.identity()})
     if not config.overwrite:
         check_same_run(config.output, mark)
     if config.dry_run:
-        _print_plan(config, cache, teacher_name)
+        _print_plan(config, cache, teacher)
         return EXIT_OK
+    build_student(config.student, cache, None, fresh=config.fresh)  # so that what does not fit is said here and now
     if config.overwrite:
         _delete(config.output)
     if exists(join(config.output, STUDENT_FILE)):
@@ -132,44 +158,68 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     started = time.monotonic()
     _write_record(config, mark, cache, seconds=0.0, finished=False)
-    arguments = {"config": config, "cache": cache, "teacher": teacher_name}
-    _run_workers(config, arguments)
+    history = join(config.output, HISTORY_FILE)
+    with Follower(history, _show, every_s=max(1.0, config.trainer.log_every_s)):
+        _run_workers(config, {"config": config, "cache": cache, "teacher": teacher})
+    page = curves_page(f"distill: {config.output}", read_history(history))
+    write_once(join(config.output, CURVES_FILE), page.encode())
     _write_record(config, mark, cache, seconds=time.monotonic() - started, finished=True)
     _print_summary(config, time.monotonic() - started)
     return EXIT_OK
 
 
+def _show(line: str) -> None:
+    error_console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _run_workers(config: DistillConfig, arguments: dict[str, Any]) -> None:
     # Ray Train's import takes seconds that a dry run and a wrong flag need not wait for.
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
-    from pipelines.common.ray_setup import start_ray
+    from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
     use_gpu = config.use_gpu
     if config.num_workers > 0:
-        from pipelines.common.ray_setup import cluster_total
+        from pipelines.common.ray_setup import cluster_total, start_ray
 
         start_ray(config.ray_address)
         use_gpu = cluster_total("GPU") >= 1 if use_gpu is None else use_gpu
     use_gpu = torch.cuda.is_available() if use_gpu is None else use_gpu
     resources = {"CPU": config.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={**arguments, "device": "cuda" if use_gpu else "cpu"},
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker=resources if config.num_workers else None,
-        ),
-        # Checkpoints are ours (tinysam.distill.progress): readable without Ray, on any storage. Ray only restarts.
-        run_config=RunConfig(failure_config=FailureConfig(max_failures=config.max_failures)),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        raise JobError(f"training failed; after a remedy, the same command goes on from here\n{error}") from error
+    elastic = (config.min_workers, config.num_workers)
+    failures = 0
+    while True:
+        # Checkpoints are ours (tinysam.distill.progress): readable without Ray, on any storage. So is starting over,
+        # as Ray would also repeat what fails in the same way each time.
+        trainer = TorchTrainer(
+            train_worker,
+            train_loop_config={**arguments, "device": "cuda" if use_gpu else "cpu"},
+            scaling_config=ScalingConfig(
+                num_workers=elastic if config.min_workers is not None else config.num_workers,
+                use_gpu=use_gpu,
+                resources_per_worker=resources if config.num_workers else None,
+            ),
+        )
+        try:
+            trainer.fit()
+            return
+        except WorkerGroupError as error:
+            _raise_if_hopeless(error.worker_failures.values())
+            failures += 1
+            if failures > config.max_failures >= 0:
+                raise JobError(f"workers died {failures} times; the same command goes on from here\n{error}") from error
+            _show(f"distill: workers died ({failures} of {config.max_failures} failures); going on from the checkpoint")
+        except TrainingFailedError as error:
+            raise JobError(f"training failed; after a remedy, the same command goes on from here\n{error}") from error
+        except NonFiniteLossError as error:
+            raise JobError(str(error)) from error
+
+
+def _raise_if_hopeless(failures: Iterable[Exception]) -> None:
+    """Raises the error that a worker would meet again; the others only noticed that it was gone."""
+    for failure in failures:
+        if isinstance(failure, LakeError | CheckpointError | NonFiniteLossError):
+            raise JobError(str(failure)) from failure
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
@@ -184,7 +234,8 @@ def train_worker(arguments: dict[str, Any]) -> None:
     if device == "cpu":
         torch.set_num_threads(config.cpus_per_worker)
     teacher = None if arguments["teacher"] == NO_TEACHER else load(arguments["teacher"])
-    student = _build_student(config, cache, teacher)
+    student = build_student(config.student, cache, teacher if config.init_decoder else None, fresh=config.fresh)
+    is_first = context.get_world_rank() == 0
     history = History(join(config.output, HISTORY_FILE))
     trainer = Trainer(
         student,
@@ -195,7 +246,11 @@ def train_worker(arguments: dict[str, Any]) -> None:
         losses=config.losses,
         prompts=config.prompts,
         samples=config.samples,
-        validation=_validation_batches(config, cache),
+        teacher_masks=config.teacher_masks,
+        mining=config.mining,
+        validation=validation_batches(
+            config.validation_cache if is_first else (), images=config.validation_images, image_size=cache.image_size
+        ),
         checkpoints_url=join(config.output, CHECKPOINTS_FOLDER),
         on_log=history.append,
         on_checkpoint=ray.train.report,
@@ -204,92 +259,10 @@ def train_worker(arguments: dict[str, Any]) -> None:
         device=device,
     )
     trainer.run()
-    if context.get_world_rank() == 0:
+    if is_first:
+        history.flush()
         metadata = {"teacher": arguments["teacher"], "teacher_sha256": cache.teacher_sha256}
         save_checkpoint(trainer.averaged_student, join(config.output, STUDENT_FILE), metadata)
-
-
-class History:
-    """``history.csv``: one line for each log of the trainer, kept whole on any storage."""
-
-    COLUMNS = (
-        *("time", "step", "total_steps", "epoch", "loss", "embedding", "token", "output", "focal", "dice", "iou"),
-        *("learning_rate", "images_per_second", "waiting_share", "val_box", "val_click", "val_click_best"),
-    )
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._lines: list[dict[str, Any]] = []
-        if exists(url):
-            self._lines = list(csv.DictReader(io.StringIO(read_bytes(url).decode())))
-
-    def append(self, line: dict[str, float]) -> None:
-        """Adds a line, shows it, and writes the file."""
-        rounded = {name: float(f"{value:.6g}") for name, value in line.items()}
-        self._lines.append({"time": round(time.time(), 1), **rounded})
-        text = io.StringIO()
-        writer = csv.DictWriter(text, self.COLUMNS)
-        writer.writeheader()
-        writer.writerows(self._lines)
-        write_once(self._url, text.getvalue().encode())
-        error_console.print(
-            "  ".join(f"{name} {value:.4g}" for name, value in rounded.items()), highlight=False, soft_wrap=True
-        )
-
-
-def _build_student(config: DistillConfig, cache: Cache, teacher: Sam | None) -> Sam:
-    if config.student not in sam_model_registry:
-        student = load(config.student)
-    else:
-        student = sam_model_registry[config.student](image_size=cache.image_size)
-        if config.init_decoder and teacher is not None and teacher.config.prompt_embed_dim == _embed_dim(student):
-            student.prompt_encoder.load_state_dict(teacher.prompt_encoder.state_dict())
-            student.mask_decoder.load_state_dict(teacher.mask_decoder.state_dict())
-    if student.image_encoder.img_size != cache.image_size:
-        raise JobError(
-            f"the student {config.student} works at {student.image_encoder.img_size} pixels, the cache at "
-            f"{cache.image_size}; cache the lake with --image-size {student.image_encoder.img_size}"
-        )
-    if cache.embedding_shape is not None and _embed_dim(student) != cache.embedding_shape[0]:
-        raise JobError(
-            f"the student {config.student} has embeddings of {_embed_dim(student)} channels, the cache of "
-            f"{cache.embedding_shape[0]}; choose a student of the teacher's width"
-        )
-    return student
-
-
-def _embed_dim(sam: Sam) -> int:
-    return sam.prompt_encoder.embed_dim
-
-
-def _validation_batches(config: DistillConfig, cache: Cache) -> list[Sample]:
-    batches: list[Sample] = []
-    for url in config.validation_cache:
-        held_out = open_cache([url])
-        if held_out.image_size != cache.image_size:
-            raise JobError(f"{url} is cached at {held_out.image_size} pixels, the training set at {cache.image_size}")
-        samples = GroupSamples(
-            held_out,
-            [shard.url for shard in held_out.shards],
-            config=SampleConfig(),
-            prompts=32,
-            count=config.validation_images,
-            seed=[0],
-        )
-        batches += [Sample.stack([sample]) for sample in samples]
-    return batches
-
-
-def _limited(cache: Cache, limit: int | None) -> Cache:
-    if limit is None:
-        return cache
-    before = np.cumsum([0, *(shard.images for shard in cache.shards)])[:-1]
-    shards = tuple(shard for shard, images in zip(cache.shards, before, strict=True) if images < limit)
-    return Cache(**{**_fields(cache), "shards": shards})
-
-
-def _fields(cache: Cache) -> dict[str, Any]:
-    return {name: getattr(cache, name) for name in Cache.__dataclass_fields__}
 
 
 def _teacher_name(config: DistillConfig, cache: Cache) -> str:
@@ -320,22 +293,22 @@ def _error_rate(urls: Sequence[str]) -> float:
 
 def _delete(output: str) -> None:
     fs, path = open_filesystem(output)
-    for name in (STUDENT_FILE, HISTORY_FILE, CHECKPOINTS_FOLDER, "run.json"):
+    for name in (STUDENT_FILE, HISTORY_FILE, CURVES_FILE, CHECKPOINTS_FOLDER, RUN_FILE):
         if exists(join(output, name)):
             fs.rm(f"{path}/{name}", recursive=True)
 
 
 def _write_record(config: DistillConfig, mark: str, cache: Cache, *, seconds: float, finished: bool) -> None:
-    images = config.trainer.epochs * sum(shard.images for shard in cache.shards)
+    images_per_second, waiting = throughput(read_history(join(config.output, HISTORY_FILE)))
     RunRecord(
         job="distill",
         config=asdict(config),
         fingerprint=mark,
-        counts={schema.OK: sum(shard.images for shard in cache.shards)},
+        counts={schema.OK: cache.images},
         seconds=round(seconds, 3),
-        images_per_second=round(images / seconds, 3) if seconds else 0.0,
-        time_split={},
-        extra={"finished": finished, "image_views": images},
+        images_per_second=round(images_per_second, 3),
+        time_split={"training": round(seconds * (1 - waiting), 3), "waiting for data": round(seconds * waiting, 3)},
+        extra={"finished": finished, "image_views": config.trainer.epochs * cache.images},
     ).write(config.output)
 
 
@@ -343,22 +316,25 @@ def _print_plan(config: DistillConfig, cache: Cache, teacher: str) -> None:
     table = Table(show_header=False, title=f"distill: dry run, nothing was written to {config.output}")
     table.add_row("student", config.student)
     table.add_row("teacher", teacher)
-    table.add_row("images", f"{sum(shard.images for shard in cache.shards)} in {len(cache.shards)} shards")
+    table.add_row("images", f"{cache.images} in {len(cache.shards)} shards")
     table.add_row("epochs", str(config.trainer.epochs))
     table.add_row("workers", str(config.num_workers) if config.num_workers else "in this process")
     console.print(table)
 
 
 def _print_summary(config: DistillConfig, seconds: float) -> None:
-    lines = list(csv.DictReader(io.StringIO(read_bytes(join(config.output, HISTORY_FILE)).decode())))
+    lines = read_history(join(config.output, HISTORY_FILE))
+    images_per_second, waiting = throughput(lines)
     table = Table(show_header=False, title=f"distill: {join(config.output, STUDENT_FILE)}")
     table.add_row("time", f"{seconds / 60:.1f} min")
-    last: dict[str, str] = {}
-    for line in lines:
-        last |= {name: value for name, value in line.items() if value}
-    for name in ("step", "loss", "images_per_second", "waiting_share", "val_box", "val_click", "val_click_best"):
+    table.add_row("speed", f"{images_per_second:.3g} images/s, {waiting:.1%} of the time waiting for data")
+    last = {name: value for line in lines for name, value in line.items()}
+    for name in ("step", "loss", "val_box", "val_click", "val_click_best"):
         if name in last:
-            table.add_row(name, last[name])
+            table.add_row(name, f"{last[name]:.5g}")
+    table.add_row("curves", join(config.output, CURVES_FILE))
+    if config.validation_cache:
+        table.add_row("best in validation", join(config.output, CHECKPOINTS_FOLDER, BEST))
     console.print(table)
 
 

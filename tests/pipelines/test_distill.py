@@ -1,28 +1,34 @@
-"""Distillation as a job: from a lake with masks to a student, resumable, with errors that say what to do."""
+"""Distillation as a job: from a cache to a student, across workers, resumable, with errors that say what to do."""
 
 from __future__ import annotations
 
-import csv
-import io
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from segment_anything.modeling import Sam
 
-from pipelines import cache_teacher, distill
-from pipelines.common.cli import JobError
-from tinysam import load, save_checkpoint
+from pipelines import distill
+from pipelines.common.cli import JobError, parse_config
+from pipelines.common.models import weights_sha256
+from tests.distill_cache import write_cache
+from tinysam import build_sam, load, save_checkpoint
+from tinysam.distill.history import Line, read_history
 from tinysam.lake.filesystem import LakeError, exists, join, read_bytes
 from tinysam.lake.shards import ShardError
-from tinysam.synthetic.write import SceneSet, iter_write
+from tinysam.modeling.checkpoint import CheckpointError
+from tinysam.modeling.registry import SamConfig, TinyViTConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = (
@@ -30,73 +36,96 @@ QUICK = (
     *("--trainer.precision", "fp32", "--trainer.loader-processes", "0", "--trainer.log-every-s", "0"),
     *("--prompts.per-image", "3", "--prompts.max-rounds", "1", "--samples.crop-size", "64", "--cpus-per-worker", "1"),
 )
+SHARDS, STEPS = 4, 2 * 4 * 2
+"""Of the cache, and of a run with one worker: epochs x shards x five rows (one of them bad) in batches of two."""
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("scenes"))
-    assert sum(iter_write(SceneSet(output=folder, count=8, height=96, width=128))) > 8
-    return folder
+def cache(tiny_checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """With embeddings of ``tiny_checkpoint``, as their metadata say (their values are random numbers)."""
+    metadata = {"teacher": tiny_checkpoint, "teacher_sha256": weights_sha256(tiny_checkpoint)}
+    return write_cache(tmp_path_factory.mktemp("cache"), shards=SHARDS, metadata=metadata)
 
 
 @pytest.fixture(scope="module")
-def cache(scenes: str, tiny_checkpoint: str, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    output = str(tmp_path_factory.mktemp("cache"))
-    arguments = ["--lake", scenes, "--output", output, "--teacher", tiny_checkpoint, "--images-per-shard", "2"]
-    assert cache_teacher.main([*arguments, "--num-workers", "1"]) == 0
-    return output
-
-
-@pytest.fixture(scope="module")
-def ground_truth(scenes: str, ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    output = str(tmp_path_factory.mktemp("ground-truth"))
-    arguments = ["--lake", scenes, "--output", output, "--teacher", "none", "--image-size", "128"]
-    assert cache_teacher.main([*arguments, "--images-per-shard", "2", "--num-workers", "1"]) == 0
-    return output
+def ground_truth(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_cache(tmp_path_factory.mktemp("ground-truth"), shards=SHARDS, embeddings=False)
 
 
 @pytest.fixture(scope="module")
 def fresh_student(tiny_sam: Sam, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A student of the teacher's shape with other weights."""
     torch.manual_seed(1)
-    from tinysam import build_sam
-
     path = str(tmp_path_factory.mktemp("student") / "fresh.safetensors")
     save_checkpoint(build_sam(tiny_sam.config), path)
     return path
 
 
-def history(output: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(read_bytes(join(output, "history.csv")).decode())))
+@pytest.fixture
+def job(ground_truth: str, fresh_student: str, tmp_path: Path) -> Callable[..., list[str]]:
+    """``job(*flags, cache=..., output=...)``: a quick job's command line."""
+
+    def arguments(*flags: str, cache: str = ground_truth, output: str = str(tmp_path / "student")) -> list[str]:
+        return ["--cache", cache, "--output", output, "--student", fresh_student, *QUICK, *flags]
+
+    return arguments
 
 
-def record(output: str) -> dict[str, object]:
+def history(output: str) -> list[Line]:
+    return read_history(join(output, "history.csv"))
+
+
+def record(output: str) -> dict[str, Any]:
     return json.loads(read_bytes(join(output, "run.json")))
 
 
-def test_a_student_learns_from_the_cache(cache: str, fresh_student: str, tmp_path: Path) -> None:
+def assert_same_weights(a: str, b: str) -> None:
+    first, second = (load(join(folder, "student.safetensors")).state_dict() for folder in (a, b))
+    for key, value in first.items():
+        torch.testing.assert_close(value, second[key], msg=key)
+
+
+def test_a_student_learns_from_the_cache(
+    cache: str, job: Callable[..., list[str]], fresh_student: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     output = str(tmp_path / "student")
-    arguments = ["--cache", cache, "--output", output, "--student", fresh_student, *QUICK]
-    assert distill.main([*arguments, "--validation-cache", cache, "--validation-images", "2"]) == 0
-    student = load(join(output, "student.safetensors"))
-    assert student.config == load(fresh_student).config
-    lines = history(output)
-    trained = [line for line in lines if line["loss"]]
-    assert int(float(trained[-1]["step"])) == int(float(trained[-1]["total_steps"])) == 8
-    assert all(line[term] for line in trained for term in ("embedding", "token", "output", "focal", "dice", "iou"))
-    assert any(line["val_box"] for line in lines)
-    assert record(output)["extra"]["finished"] is True  # type: ignore[index]
+    arguments = job("--validation-cache", cache, "--validation-images", "2", cache=cache)
+    assert distill.main(arguments) == 0
+    assert load(join(output, "student.safetensors")).config == load(fresh_student).config
+    assert load(join(output, "checkpoints", "best.safetensors")).config == load(fresh_student).config
+    trained = [line for line in history(output) if "loss" in line]
+    assert trained[-1]["step"] == trained[-1]["total_steps"] == STEPS
+    assert all(term in line for line in trained for term in ("embedding", "token", "output", "focal", "dice", "iou"))
+    assert any("val_box" in line for line in history(output))
+    assert record(output)["extra"]["finished"] is True
+    assert record(output)["images_per_second"] > 0
+    assert "val_click" in read_bytes(join(output, "curves.html")).decode()
+    shown = capfd.readouterr().err
+    assert f"step {STEPS}/{STEPS}" in shown
+    assert re.search(r"step \d+/\d+, epoch 2, .* images/s, \d+% waiting for data, \d+:\d\d left", shown)
     before = read_bytes(join(output, "student.safetensors"))
-    assert distill.main([*arguments, "--validation-cache", cache, "--validation-images", "2"]) == 0
+    assert distill.main(arguments) == 0
     assert read_bytes(join(output, "student.safetensors")) == before
 
 
-def test_ground_truth_alone_needs_no_teacher(ground_truth: str, fresh_student: str, s3: object, tmp_path: Path) -> None:
+def test_ground_truth_alone_needs_no_teacher(job: Callable[..., list[str]], s3: object) -> None:
     output = "s3://tests/ground truth student"
-    arguments = ["--cache", ground_truth, "--output", output, "--student", fresh_student, *QUICK]
-    assert distill.main([*arguments, "--samples.flip", "--samples.max-zoom", "1.5"]) == 0
+    assert distill.main(job("--samples.flip", "--samples.max-zoom", "1.5", output=output)) == 0
     assert exists(join(output, "student.safetensors"))
-    assert not any(line["embedding"] for line in history(output))
+    assert not any("embedding" in line for line in history(output))
+
+
+def test_images_without_masks_are_taught_by_the_teachers(
+    tiny_checkpoint: str, job: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    metadata = {"teacher": tiny_checkpoint, "teacher_sha256": weights_sha256(tiny_checkpoint)}
+    unlabelled = write_cache(tmp_path / "unlabelled", shards=2, masks=False, metadata=metadata)
+    accept_all = ("--teacher-masks.pred-iou-thresh", "0", "--teacher-masks.stability-score-thresh", "0")
+    assert distill.main(job(*accept_all, cache=unlabelled, output=str(tmp_path / "a"))) == 0
+    assert distill.main(job("--teacher-masks.no-enabled", cache=unlabelled, output=str(tmp_path / "b"))) == 0
+    assert any(line["dice"] > 0 for line in history(str(tmp_path / "a")) if "dice" in line)
+    assert not any(line["dice"] > 0 for line in history(str(tmp_path / "b")) if "dice" in line)
+    assert all(line["embedding"] > 0 for line in history(str(tmp_path / "b")) if "embedding" in line)
 
 
 def test_a_dry_run_writes_nothing(cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,13 +137,19 @@ def test_a_dry_run_writes_nothing(cache: str, tmp_path: Path, capsys: pytest.Cap
 
 def test_a_limit_keeps_whole_shards(cache: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--cache", cache, "--output", str(tmp_path / "o"), "--student", "vit_t", "--dry-run"]
-    assert distill.main([*arguments, "--limit", "3"]) == 0
-    assert "4 in 2 shards" in capsys.readouterr().out
+    assert distill.main([*arguments, "--limit", "6"]) == 0
+    assert "10 in 2 shards" in capsys.readouterr().out
 
 
-def test_an_output_of_other_settings_is_not_continued(cache: str, fresh_student: str, tmp_path: Path) -> None:
-    output = str(tmp_path / "student")
-    arguments = ["--cache", cache, "--output", output, "--student", fresh_student, *QUICK]
+def test_the_papers_recipe_is_a_preset(cache: str) -> None:
+    recipe = str(ROOT / "pipelines" / "recipes" / "tinysam.yaml")
+    config = parse_config(distill.DistillConfig, ["--config", recipe, "--cache", cache, "--output", "unused"])
+    assert (config.prompts.per_image, config.prompts.max_rounds, config.trainer.epochs) == (64, 9, 8)
+    assert config.losses.hard_mask_weight
+
+
+def test_an_output_of_other_settings_is_not_continued(job: Callable[..., list[str]]) -> None:
+    arguments = job("--trainer.epochs", "1")
     assert distill.main(arguments) == 0
     with pytest.raises(LakeError, match="overwrite"):
         distill.main([*arguments, "--losses.dice", "2"])
@@ -133,15 +168,29 @@ def test_a_teacher_without_embeddings_names_the_missing_job(ground_truth: str, t
         distill.main([*arguments, "--teacher", tiny_checkpoint])
 
 
-def test_a_student_of_another_shape_is_refused_with_a_remedy(cache: str, tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="channels"):
+def test_a_student_of_another_shape_is_refused_before_anything_is_written(cache: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="channels"):
         distill.main(["--cache", cache, "--output", str(tmp_path / "o"), "--student", "vit_t", *QUICK])
+    assert not (tmp_path / "o").exists()
 
 
-def test_altered_pixels_are_refused_where_embeddings_are_cached(cache: str, fresh_student: str, tmp_path: Path) -> None:
-    arguments = ["--cache", cache, "--output", str(tmp_path / "o"), "--student", fresh_student]
+def test_checkpoints_of_another_architecture_are_refused_by_name(
+    job: Callable[..., list[str]], tiny_sam: Sam, tmp_path: Path
+) -> None:
+    assert distill.main(job("--trainer.epochs", "1")) == 0
+    output = tmp_path / "student"
+    (output / "student.safetensors").unlink()
+    encoder = TinyViTConfig(embed_dims=(8, 16, 24, 32), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
+    other = build_sam(SamConfig(image_size=128, prompt_embed_dim=32, decoder_mlp_dim=64, encoder=encoder))
+    newest = json.loads((output / "checkpoints" / "latest.json").read_bytes())["checkpoint"]
+    save_checkpoint(other, str(output / "checkpoints" / newest / "student.safetensors"))
+    with pytest.raises(CheckpointError, match=rf"{newest}/student\.safetensors: the weights do not fit"):
+        distill.main(job("--trainer.epochs", "1"))
+
+
+def test_altered_pixels_are_refused_where_embeddings_are_cached(cache: str, job: Callable[..., list[str]]) -> None:
     with pytest.raises(JobError, match="flip"):
-        distill.main([*arguments, *QUICK, "--samples.flip"])
+        distill.main(job("--samples.flip", cache=cache))
 
 
 def test_an_empty_cache_is_named(tmp_path: Path) -> None:
@@ -149,42 +198,111 @@ def test_an_empty_cache_is_named(tmp_path: Path) -> None:
         distill.main(["--cache", str(tmp_path), "--output", str(tmp_path / "o")])
 
 
-def run_job(arguments: Sequence[str]) -> subprocess.Popen[bytes]:
+def test_a_truncated_shard_stops_the_run_by_name_and_leaves_what_was_there(
+    job: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    broken = write_cache(tmp_path / "broken", embeddings=False)
+    path = Path(broken, "shards", "shard-1.parquet")
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(LakeError, match=r"shard-1\.parquet"):
+        distill.main(job(cache=broken))
+    assert not exists(str(tmp_path / "student" / "student.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (("--num-workers", "2", "--min-workers", "3"), "min-workers"),
+        (("--trainer.batch-size", "0"), "batch_size"),
+        (("--optimizer.clip-norm", "0"), "clip_norm"),
+        (("--mining.strength", "-1"), "strength"),
+    ],
+)
+def test_values_out_of_range_are_refused(
+    job: Callable[..., list[str]], flags: tuple[str, ...], match: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        distill.main(job(*flags))
+    assert stopped.value.code == 2
+    assert match in capsys.readouterr().err
+
+
+def start_job(arguments: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "pipelines/distill.py", *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
 
 
+def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert condition()
+
+
 @pytest.mark.slow
-def test_a_killed_driver_goes_on_from_its_checkpoint(ground_truth: str, fresh_student: str, tmp_path: Path) -> None:
-    output = str(tmp_path / "student")
-    quick = [*QUICK, "--trainer.epochs", "12", "--trainer.checkpoint-every-s", "0"]
-    arguments = ["--cache", ground_truth, "--output", output, "--student", fresh_student, *quick]
-    first = run_job(arguments)
-    deadline = time.monotonic() + 240
-    while not exists(join(output, "checkpoints", "latest.json")) and time.monotonic() < deadline:
-        time.sleep(0.2)
+def test_a_killed_driver_goes_on_as_if_nothing_had_happened(job: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Equal weights at the end mean that no shard of an epoch was left out or trained twice."""
+    long = ("--trainer.epochs", "6", "--trainer.checkpoint-every-s", "0")
+    output, undisturbed = str(tmp_path / "killed"), str(tmp_path / "undisturbed")
+    first = start_job(job(*long, output=output))
+    wait_for(lambda: exists(join(output, "checkpoints", "latest.json")))
     first.send_signal(signal.SIGKILL)
-    first.wait()
-    assert exists(join(output, "checkpoints", "latest.json"))
+    first.communicate()
     assert not exists(join(output, "student.safetensors"))
-    assert run_job(arguments).wait() == 0
-    undisturbed = str(tmp_path / "undisturbed")
-    assert run_job([*arguments[:3], undisturbed, *arguments[4:]]).wait() == 0
-    a, b = (load(join(folder, "student.safetensors")).state_dict() for folder in (output, undisturbed))
-    for key, value in a.items():
-        torch.testing.assert_close(value, b[key], msg=key)
+    assert distill.main(job(*long, output=output)) == 0
+    assert distill.main(job(*long, output=undisturbed)) == 0
+    assert_same_weights(output, undisturbed)
 
 
-@pytest.mark.slow
-def test_two_workers_train_one_student(cache: str, fresh_student: str, tmp_path: Path, ray_address: str) -> None:
-    output = str(tmp_path / "student")
-    arguments = ["--cache", cache, "--output", output, "--student", fresh_student, *QUICK]
-    assert distill.main([*arguments, "--num-workers", "2"]) == 0
-    lines = [line for line in history(output) if line["loss"]]
-    assert int(float(lines[-1]["step"])) == 4  # twice the images a step, half the steps
-    assert exists(join(output, "student.safetensors"))
+def test_two_workers_train_one_student_and_survive_the_death_of_one(
+    cache: str, job: Callable[..., list[str]], tmp_path: Path, ray_address: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    output, undisturbed = str(tmp_path / "killed"), str(tmp_path / "undisturbed")
+    flags = ("--num-workers", "2", "--trainer.epochs", "6", "--trainer.checkpoint-every-s", "0")
+
+    def kill_one() -> None:
+        wait_for(lambda: exists(join(output, "checkpoints", "latest.json")))
+        os.kill(train_workers()[-1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    assert distill.main(job(*flags, cache=cache, output=output)) == 0
+    killer.join()
+    shown = capfd.readouterr().err
+    assert "workers died (1 of 3 failures)" in shown
+    assert "images/s" in shown  # the driver shows what workers log
+    assert distill.main(job(*flags, cache=cache, output=undisturbed)) == 0
+    assert_same_weights(output, undisturbed)
+    steps = [line["step"] for line in history(undisturbed) if "loss" in line]
+    assert steps == list(range(1, 6 * 2 * 2 + 1))  # epochs x groups of two shards x ten rows in twice two images
+
+
+def train_workers() -> list[int]:
+    """Process ids of the Ray Train workers that this process's Ray runs; other Rays on the machine are left alone."""
+
+    def parent(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
+            pid = int(entry.name)
+            if b"RayTrainWorker" in (entry / "cmdline").read_bytes() and parent(parent(pid)) == os.getpid():
+                found.append(pid)
+    return found
+
+
+def test_a_worker_that_meets_a_bad_shard_ends_the_run_at_once(
+    job: Callable[..., list[str]], ray_address: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = write_cache(tmp_path / "broken", embeddings=False)
+    path = Path(broken, "shards", "shard-1.parquet")
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(JobError, match=r"shard-1\.parquet"):
+        distill.main(job("--num-workers", "1", cache=broken))
+    assert "workers died" not in capfd.readouterr().err

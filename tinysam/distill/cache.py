@@ -1,24 +1,22 @@
-"""The training set: shards of one or several caches, in a seeded order, dealt out to workers group by group."""
+"""The training set: the shards of one or several outputs of pipelines/cache_teacher.py."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch.utils.data import IterableDataset
 
-from tinysam.distill.samples import Sample, SampleConfig, make_sample
-from tinysam.lake import schema
 from tinysam.lake.codecs import Codec
-from tinysam.lake.filesystem import join, list_files, read_bytes
+from tinysam.lake.filesystem import join, list_files, read_bytes, redact_url
 from tinysam.lake.shards import SHARDS_FOLDER, ShardError, read_shard, read_shard_metadata
 
 COLUMNS = ("image_id", "status", "input_height", "input_width", "image", "masks")
+FACTS = ("image_size", "embedding_shape", "codec", "teacher_sha256", "preprocessing")
+"""What all shards of a training set must have in common."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,37 @@ class Cache:
     codec: Codec
     teacher: str
     teacher_sha256: str
+    facts: Mapping[str, str]
+    """``FACTS`` as the shards' metadata state them."""
+
+    @property
+    def images(self) -> int:
+        """Rows of an epoch, bad images included."""
+        return sum(shard.images for shard in self.shards)
+
+    def limited(self, images: int) -> Cache:
+        """The first shards, as many as hold ``images`` images."""
+        before = itertools.accumulate((shard.images for shard in self.shards), initial=0)
+        shards = tuple(shard for shard, count in zip(self.shards, before, strict=False) if count < images)
+        return replace(self, shards=shards)
+
+    def read(self, shard: int) -> pa.Table:
+        """The columns of a shard that training needs.
+
+        Raises:
+            LakeError: if the shard is gone or cut short, or belongs to another cache; the message names it.
+        """
+        url = self.shards[shard].url
+        embeddings = () if self.embedding_shape is None else ("embedding",)
+        table = read_shard(url, columns=[*COLUMNS, *embeddings])
+        found = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+        different = ", ".join(key for key in FACTS if found.get(key, "") != self.facts[key])
+        if different:
+            raise ShardError(
+                f"{redact_url(url)} was made with another {different} than the rest of its cache. "
+                "Delete it and run pipelines/cache_teacher.py again: it makes what is missing."
+            )
+        return table
 
 
 def open_cache(urls: Sequence[str], repeats: Sequence[int] = ()) -> Cache:
@@ -52,7 +81,7 @@ def open_cache(urls: Sequence[str], repeats: Sequence[int] = ()) -> Cache:
         repeats: how often each of them is seen in an epoch; once each if empty.
 
     Raises:
-        ShardError: if there is no shard, or the caches differ in teacher, image size or codec.
+        ShardError: if shards are missing, or the caches differ in teacher, image size or codec.
         ValueError: if ``repeats`` has another length than ``urls``.
     """
     repeats = repeats or [1] * len(urls)
@@ -65,15 +94,18 @@ def open_cache(urls: Sequence[str], repeats: Sequence[int] = ()) -> Cache:
         if not files:
             raise ShardError(f"{url} holds no shards. Run pipelines/cache_teacher.py --output {url} first.")
         metadata = read_shard_metadata(files[0])
-        facts = {
-            key: metadata.get(key, "")
-            for key in ("image_size", "embedding_shape", "codec", "teacher_sha256", "preprocessing")
-        }
+        facts = {key: metadata.get(key, "") for key in FACTS}
         if common and facts != common:
             different = ", ".join(key for key in facts if facts[key] != common[key])
             raise ShardError(f"{url} does not fit {urls[0]}: they differ in {different}. Cache both the same way.")
         common = facts
         rows = _rows_of_shards(url)
+        missing = sorted(rows.keys() - {_shard_id(file) for file in files})
+        if missing:
+            raise ShardError(
+                f"{url} lacks {len(missing)} of its {len(rows)} shards, {missing[0]} for one. "
+                "Run pipelines/cache_teacher.py with the same flags again: it makes what is missing."
+            )
         shards += [CachedShard(file, rows.get(_shard_id(file), 0)) for file in files] * times
     shape = tuple(int(side) for side in common["embedding_shape"].split(",")) if common["embedding_shape"] else None
     return Cache(
@@ -83,6 +115,7 @@ def open_cache(urls: Sequence[str], repeats: Sequence[int] = ()) -> Cache:
         codec=cast(Codec, common["codec"] or "fp16"),
         teacher=metadata.get("teacher", ""),
         teacher_sha256=common["teacher_sha256"],
+        facts=common,
     )
 
 
@@ -94,67 +127,3 @@ def _rows_of_shards(url: str) -> dict[str, int]:
     index = pq.read_table(pa.BufferReader(read_bytes(join(url, "index.parquet"))), columns=["shard_id"])
     counts = index["shard_id"].value_counts().to_pylist()
     return {entry["values"]: entry["counts"] for entry in counts}
-
-
-def epoch_order(shards: int, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch's shards: a permutation of ``range(shards)`` that depends on seed and epoch alone."""
-    order = list(range(shards))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
-
-
-class GroupSamples(IterableDataset[Sample]):
-    """Samples of some shards in random order, over and over until ``count`` are drawn.
-
-    Going round keeps workers in step whose shards have different numbers of usable images.
-
-    Args:
-        shards: URLs.
-        count: samples to draw.
-        prompts: masks prompted in each.
-        seed: of the order, the crops and the choice of masks.
-    """
-
-    def __init__(
-        self,
-        cache: Cache,
-        shards: Sequence[str],
-        *,
-        config: SampleConfig,
-        prompts: int,
-        count: int,
-        seed: Sequence[int],
-    ) -> None:
-        self._cache, self._shards, self._config = cache, shards, config
-        self._prompts, self._count, self._seed = prompts, count, seed
-
-    def __iter__(self) -> Iterator[Sample]:
-        rng = np.random.default_rng(self._seed)
-        embeddings = () if self._cache.embedding_shape is None else ("embedding",)
-        tables = [read_shard(url, columns=[*COLUMNS, *embeddings]) for url in self._shards]
-        rows = pa.concat_tables(tables)
-        usable = np.flatnonzero(np.array([status == schema.OK for status in rows["status"].to_pylist()]))
-        drawn = 0
-        while drawn < self._count:
-            drawn_before = drawn
-            for i in rng.permutation(usable):
-                sample = make_sample(
-                    rows.slice(i, 1).to_pylist()[0],
-                    config=self._config,
-                    prompts=self._prompts,
-                    image_size=self._cache.image_size,
-                    embedding_shape=self._cache.embedding_shape,
-                    codec=self._cache.codec,
-                    rng=rng,
-                )
-                if sample is None:
-                    continue
-                yield sample
-                drawn += 1
-                if drawn == self._count:
-                    return
-            if drawn == drawn_before:
-                raise ShardError(
-                    f"no image of {', '.join(self._shards)} can be trained on: none has a mask, and the cache holds "
-                    "no embeddings. Give the lake's annotations to pipelines/cache_teacher.py, or a teacher."
-                )

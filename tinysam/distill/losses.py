@@ -7,15 +7,19 @@ three ambiguous ones), ``(h, w)`` low-resolution pixels. Targets are coverages i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
+TERMS = ("embedding", "token", "output", "focal", "dice", "iou")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the terms; 0 switches a term off. Where the paper gives no value, the default is our choice."""
+    """Weights of the terms; 0 switches a term off, its computation included. Where the paper gives no value, the
+    default is our choice."""
 
     embedding: float = 1.0
     """alpha: l1 between the teacher's and the student's image embeddings (paper; weight ours)."""
@@ -31,44 +35,76 @@ class LossConfig:
     """l1 between the predicted and the actual IoU (paper)."""
     hard_mask_weight: bool = True
     """Weigh each mask's output loss by H_i (paper); off: every mask weighs 0.5, H's value at parity."""
+    distance: Literal["l1", "mse"] = "l1"
+    """Of embeddings and tokens. The paper found the squared distance too small to train with."""
+    output_kind: Literal["l1", "focal_dice"] = "l1"
+    """How masks are compared with the teacher's: their logits, or their probabilities as soft targets, with the
+    weights of focal and dice above."""
     logit_clip: float = 20.0
-    """Logits beyond this count as this in the output loss: certain is certain (our choice)."""
+    """Logits beyond this count as this in the l1 output loss: certain is certain (our choice)."""
 
     def __post_init__(self) -> None:
-        for name in ("embedding", "token", "output", "focal", "dice", "iou"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loss weight {name} must not be negative, got {getattr(self, name)}")
+        weights = {name: getattr(self, name) for name in TERMS}
+        for name, weight in weights.items():
+            if not weight >= 0:
+                raise ValueError(f"loss weight {name} must not be negative, got {weight}")
+        if not any(weights.values()):
+            raise ValueError("every loss is switched off")
+        if self.output > 0 and self.output_kind == "focal_dice" and not self.focal + self.dice > 0:
+            raise ValueError("output_kind focal_dice needs the weights of focal and dice")
+        if self.logit_clip <= 0:
+            raise ValueError(f"logit_clip must be positive, got {self.logit_clip}")
+
+    @property
+    def needs_teacher_masks(self) -> bool:
+        """Whether a term compares with what the teacher decodes, rather than with its embedding alone."""
+        return self.token > 0 or self.output > 0
 
 
-def embedding_loss(student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """L_emb: mean absolute difference over the part of the embedding that shows the image.
+def embedding_loss(
+    student: torch.Tensor, teacher: torch.Tensor, valid: torch.Tensor, distance: Literal["l1", "mse"] = "l1"
+) -> torch.Tensor:
+    """L_emb: mean absolute (or squared) difference over the part of the embedding that shows the image.
 
     Args:
         student: ``(B, C, h, w)``.
         teacher: ``(B, C, h, w)``.
         valid: ``(B, h, w)`` bool, False on the letterbox's padding.
+        distance: of single values.
     """
-    difference = (student - teacher).abs().mean(1)
+    difference = _differences(student, teacher, distance).mean(1)
     return (difference * valid).sum() / valid.sum().clamp(min=1)
 
 
-def token_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """L_token: mean absolute difference of the two-way transformers' output tokens, ``(N, T, C)`` each."""
-    return F.l1_loss(student, teacher)
+def token_loss(student: torch.Tensor, teacher: torch.Tensor, distance: Literal["l1", "mse"] = "l1") -> torch.Tensor:
+    """L_token: mean difference of the two-way transformers' output tokens, ``(N, T, C)`` each, to ``(N,)``."""
+    return _differences(student, teacher, distance).flatten(1).mean(1)
 
 
-def output_loss(student: torch.Tensor, teacher: torch.Tensor, clip: float) -> torch.Tensor:
-    """L_output of each mask: mean absolute difference of logits clipped to ``[-clip, clip]``.
+def _differences(student: torch.Tensor, teacher: torch.Tensor, distance: Literal["l1", "mse"]) -> torch.Tensor:
+    compare = F.l1_loss if distance == "l1" else F.mse_loss
+    return compare(student, teacher, reduction="none")
+
+
+def output_loss(student: torch.Tensor, teacher: torch.Tensor, config: LossConfig) -> torch.Tensor:
+    """L_output of each mask, averaged over the decoder's ``M`` outputs.
+
+    ``l1``: mean absolute difference of logits clipped to ``[-logit_clip, logit_clip]``. ``focal_dice``: focal and dice
+    loss against ``sigmoid(teacher)``.
 
     Args:
         student: ``(N, M, h, w)`` logits.
         teacher: ``(N, M, h, w)`` logits.
-        clip: positive.
+        config: the kind, and what belongs to it.
 
     Returns:
         ``(N,)``.
     """
-    return (student.clamp(-clip, clip) - teacher.clamp(-clip, clip)).abs().flatten(1).mean(1)
+    if config.output_kind == "l1":
+        clip = config.logit_clip
+        return (student.clamp(-clip, clip) - teacher.clamp(-clip, clip)).abs().flatten(1).mean(1)
+    soft = teacher.sigmoid()
+    return (config.focal * focal_loss(student, soft) + config.dice * dice_loss(student, soft)).mean(1)
 
 
 def hard_mask_weight(teacher_iou: torch.Tensor, student_iou: torch.Tensor, epsilon: float = 1e-6) -> torch.Tensor:
@@ -82,12 +118,12 @@ def hard_mask_weight(teacher_iou: torch.Tensor, student_iou: torch.Tensor, epsil
 
 
 def focal_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Focal loss (alpha 0.25, gamma 2) of each mask, ``(N, M, h, w)`` against ``(N, 1, h, w)`` to ``(N, M)``."""
+    """Focal loss (alpha 0.25, gamma 2) of each mask, ``(N, M, h, w)`` against ``(N, 1 or M, h, w)`` to ``(N, M)``."""
     return sigmoid_focal_loss(logits, targets.expand_as(logits)).flatten(2).mean(2)
 
 
 def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """1 - Dice of each mask's probabilities, smoothed by a pixel; ``(N, M, h, w)``, ``(N, 1, h, w)`` to ``(N, M)``."""
+    """1 - Dice of each mask's probabilities, smoothed by a pixel; shapes as for :func:`focal_loss`."""
     probabilities = logits.sigmoid().flatten(2)
     targets = targets.flatten(2)
     overlap = (probabilities * targets).sum(2)

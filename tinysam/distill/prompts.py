@@ -21,7 +21,7 @@ class PromptConfig:
     """How masks are prompted while training."""
 
     per_image: int = 16
-    """Masks prompted in an image; the paper has 64 an iteration."""
+    """Masks prompted in an image; the paper has 64 an iteration, as pipelines/recipes/tinysam.yaml asks for."""
     box_probability: float = 1 / 3
     """Share of first prompts that are boxes rather than points (our choice)."""
     box_jitter: float = 0.1
@@ -58,6 +58,12 @@ class Prompts:
         )
 
 
+def draw_refinements(config: PromptConfig, generator: torch.Generator) -> list[bool]:
+    """How a step refines its prompts: one entry a round, which says whether it also sees the logits before it."""
+    rounds = int(torch.randint(config.max_rounds + 1, (), generator=generator))
+    return (torch.rand(rounds, generator=generator) < config.mask_prompt_probability).tolist()
+
+
 def first_prompts(
     targets: torch.Tensor, boxes: torch.Tensor, config: PromptConfig, generator: torch.Generator
 ) -> Prompts:
@@ -71,28 +77,32 @@ def first_prompts(
         Prompts with ``T = 2``: a box's corners, or a point and a blank.
     """
     points = sample_points(targets > 0.5, generator)
-    is_point = torch.ones(len(targets), dtype=torch.long)
-    as_points = Prompts(
-        torch.stack([points, torch.zeros_like(points)], 1),
-        torch.stack([is_point * FOREGROUND, is_point * NO_POINT], 1),
-    )
+    as_points = point_prompts(points)
     as_boxes = box_prompts(jitter_boxes(boxes, config.box_jitter, generator))
-    use_box = torch.rand(len(targets), generator=generator) < config.box_probability
+    use_box = torch.rand(len(targets), generator=generator, device=generator.device) < config.box_probability
     return Prompts(
         torch.where(use_box[:, None, None], as_boxes.points, as_points.points),
         torch.where(use_box[:, None], as_boxes.labels, as_points.labels),
     )
 
 
+def point_prompts(points: torch.Tensor) -> Prompts:
+    """``(N, 2)`` foreground points as prompts of a point and a blank."""
+    labels = torch.tensor([FOREGROUND, NO_POINT], device=points.device)
+    return Prompts(torch.stack([points, torch.zeros_like(points)], 1), labels.expand(len(points), 2))
+
+
 def box_prompts(boxes: torch.Tensor) -> Prompts:
     """``(N, 4)`` boxes as prompts of two corners."""
-    return Prompts(boxes.view(-1, 2, 2), torch.tensor([TOP_LEFT, BOTTOM_RIGHT]).expand(len(boxes), 2))
+    labels = torch.tensor([TOP_LEFT, BOTTOM_RIGHT], device=boxes.device)
+    return Prompts(boxes.view(-1, 2, 2), labels.expand(len(boxes), 2))
 
 
 def jitter_boxes(boxes: torch.Tensor, amount: float, generator: torch.Generator) -> torch.Tensor:
     """Moves each corner's coordinates by up to ``amount`` times the box's width or height."""
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    return boxes + (torch.rand(boxes.shape, generator=generator) * 2 - 1) * amount * sides
+    moves = torch.rand(boxes.shape, generator=generator, device=generator.device) * 2 - 1
+    return boxes + moves * amount * sides
 
 
 def sample_points(regions: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -110,7 +120,7 @@ def sample_points(regions: torch.Tensor, generator: torch.Generator) -> torch.Te
     index = torch.multinomial(weights, 1, generator=generator)[:, 0]
     low_res = torch.stack([index % width, index // width], 1)
     # Below 1 by more than float32's rounding: 63 + 0.99999994 would be 64, a pixel beyond the mask.
-    within = torch.rand((n, 2), generator=generator) * (1 - 2**-10)
+    within = torch.rand((n, 2), generator=generator, device=generator.device) * (1 - 2**-10)
     return (low_res + within) * LOW_RES_STRIDE
 
 
@@ -135,7 +145,7 @@ def next_points(
         wrong = torch.where(missed.flatten(1).any(1)[:, None, None], missed, wrong)
     points = sample_points(wrong, generator)
     low_res = (points / LOW_RES_STRIDE).long()
-    n = torch.arange(len(targets))
+    n = torch.arange(len(targets), device=targets.device)
     labels = torch.where(targets[n, low_res[:, 1], low_res[:, 0]], FOREGROUND, BACKGROUND)
     return points, torch.where(wrong.flatten(1).any(1), labels, NO_POINT)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -68,11 +68,35 @@ class Sample:
     """``(P, 4)`` float32 x0, y0, x1, y1 in the crop."""
     weight: torch.Tensor
     """``(P,)`` float32: 1 for a mask, 0 for a place that no mask fills."""
+    labelled: torch.Tensor
+    """``()`` bool: whether the lake has ground truth for the image, be it that there is nothing on it."""
+    key: tuple[str, ...]
+    """One entry an image: its shard's URL and its id, ``SHARD#ID``."""
 
     @classmethod
     def stack(cls, samples: Sequence[Sample]) -> Sample:
         """A batch."""
-        return cls(*(torch.stack([getattr(sample, f.name) for sample in samples]) for f in fields(cls)))
+        tensors = {name: torch.stack([getattr(sample, name) for sample in samples]) for name in _TENSORS}
+        return cls(**tensors, key=tuple(key for sample in samples for key in sample.key))
+
+    def to(self, device: str) -> Sample:
+        """The same on another device; from pinned memory the copy does not block."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Sample:
+        """The same in pinned memory; torch's DataLoader calls this."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def image_at(self, index: int) -> Sample:
+        """A batch of one of a batch's images."""
+        return replace(self._map(lambda tensor: tensor[index : index + 1]), key=self.key[index : index + 1])
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Sample:
+        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in _TENSORS}
+        return replace(self, **tensors)
+
+
+_TENSORS = tuple(f.name for f in fields(Sample) if f.name != "key")
 
 
 @dataclass(frozen=True)
@@ -93,6 +117,7 @@ def make_sample(
     embedding_shape: tuple[int, int, int] | None,
     codec: Codec,
     rng: np.random.Generator,
+    key: str = "",
 ) -> Sample | None:
     """A training sample, or None if the row shows no mask and has no embedding to learn from.
 
@@ -101,6 +126,7 @@ def make_sample(
         prompts: P; masks are drawn with replacement where the crop has fewer.
         image_size: side of the model's frame.
         embedding_shape: (C, H, W) of the row's embedding; None leaves it unread.
+        key: names the image in messages.
     """
     masks = row["masks"] or []
     if not masks and embedding_shape is None:
@@ -145,7 +171,17 @@ def make_sample(
     if config.alters_pixels:
         # The window's place in the frame means nothing once it is magnified; any place that holds the crop will do.
         origin = torch.from_numpy(rng.integers(0, (image_size - crop) // EMBEDDING_STRIDE + 1, 2))
-    return Sample(image, content_size, origin, embedding, targets, boxes, weight)
+    return Sample(
+        image=image,
+        content_size=content_size,
+        origin=origin,
+        embedding=embedding,
+        targets=targets,
+        boxes=boxes,
+        weight=weight,
+        labelled=torch.tensor(row["masks"] is not None),
+        key=(key,),
+    )
 
 
 def _choose_window(
@@ -227,3 +263,10 @@ def _flip(
         image, targets = image.transpose(-1, -2), targets.transpose(-1, -2)
         boxes = boxes[:, [1, 0, 3, 2]]
     return image.contiguous(), targets.contiguous(), boxes
+
+
+def content_mask(content_size: torch.Tensor, size: int, stride: int) -> torch.Tensor:
+    """Which cells of ``stride`` pixels show any of the image: ``(B, 2)`` heights and widths to ``(B, size, size)``."""
+    starts = torch.arange(size, device=content_size.device) * stride
+    rows, columns = (starts < content_size[:, :1]), (starts < content_size[:, 1:])
+    return rows[:, :, None] & columns[:, None, :]

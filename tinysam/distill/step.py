@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from segment_anything.modeling import Sam
 from torch import nn
@@ -9,8 +12,10 @@ from torch import nn
 from tinysam.distill import losses
 from tinysam.distill.decoding import Decoded, decode, dense_positions
 from tinysam.distill.losses import LossConfig
+from tinysam.distill.memory import recomputed
 from tinysam.distill.prompts import PromptConfig, Prompts, first_prompts, next_points
-from tinysam.distill.samples import EMBEDDING_STRIDE, Sample
+from tinysam.distill.samples import EMBEDDING_STRIDE, Sample, content_mask
+from tinysam.distill.teacher_masks import TeacherMaskConfig, add_teacher_masks
 
 SINGLE_MASK = 0  # SAM's decoder predicts the unambiguous mask first, then three ambiguous ones
 
@@ -26,93 +31,133 @@ class DistillationLoss(nn.Module):
         student: all of its parameters are trained.
         teacher: only its prompt encoder and mask decoder are used, on the batch's cached embeddings; its parameters
             are frozen in place. None trains on ground truth alone.
+        teacher_masks: what unlabelled images are taught.
+        recompute_rounds: keep no activations of a round of prompts for the backward pass, as ten rounds of 64 prompts
+            would need more memory than there is.
     """
 
-    def __init__(self, student: Sam, teacher: Sam | None, loss_config: LossConfig, prompt_config: PromptConfig) -> None:
+    def __init__(
+        self,
+        student: Sam,
+        teacher: Sam | None,
+        loss_config: LossConfig,
+        prompt_config: PromptConfig,
+        teacher_masks: TeacherMaskConfig | None = None,
+        *,
+        recompute_rounds: bool = False,
+    ) -> None:
         super().__init__()
         self.student = student
         self.teacher = teacher.requires_grad_(False) if teacher is not None else None
-        self.losses = loss_config
-        self.prompts = prompt_config
+        self.losses, self.prompts = loss_config, prompt_config
+        self.teacher_masks = teacher_masks or TeacherMaskConfig()
+        self.recompute_rounds = recompute_rounds
 
     def forward(
-        self, batch: Sample, generator: torch.Generator, autocast: torch.autocast
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """The loss of a batch and its terms, unweighted, for the log.
+        self, batch: Sample, refinements: Sequence[bool], generator: torch.Generator, autocast: torch.autocast
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """The loss of a batch, its terms for the log, and how hard each image is.
 
         Args:
-            batch: samples stacked; ``B`` images with ``P`` masks each.
-            generator: on the CPU; all randomness of the prompts.
+            batch: samples stacked; ``B`` images with ``P`` masks each, on the student's device.
+            refinements: from ``prompts.draw_refinements``; the same on every worker, so that none waits for another.
+            generator: on the student's device; all other randomness of the prompts.
             autocast: wraps the networks, not the losses.
+
+        Returns:
+            The loss, a scalar; the terms, unweighted scalars without gradient; and ``(B,)`` by how much the teacher's
+            IoU on first prompts (1 without a teacher) exceeds the student's: NaN for an image without masks.
         """
-        student, teacher = self.student, self.teacher
-        images = preprocess(student, batch.image, batch.content_size)
+        student, teacher, config = self.student, self.teacher, self.losses
         with autocast:
-            embeddings = student.image_encoder(images)
+            embeddings = student.image_encoder(preprocess(student, batch.image, batch.content_size))
         embeddings = embeddings.float()
         size = embeddings.shape[-1]
+        positions = dense_positions(student, batch.origin, size)
         terms: dict[str, torch.Tensor] = {}
         if teacher is not None:
-            valid = content_mask(batch.content_size, size, EMBEDDING_STRIDE)
-            terms["embedding"] = losses.embedding_loss(embeddings, batch.embedding, valid)
+            teacher_positions = dense_positions(teacher, batch.origin, size)
+            with autocast:
+                batch = add_teacher_masks(teacher, batch, teacher_positions, self.teacher_masks, generator)
+            if config.embedding > 0:
+                valid = content_mask(batch.content_size, size, EMBEDDING_STRIDE)
+                terms["embedding"] = losses.embedding_loss(embeddings, batch.embedding, valid, config.distance)
 
         targets, boxes, weight = batch.targets.flatten(0, 1), batch.boxes.flatten(0, 1), batch.weight.flatten()
         # Boxes and clicks live in the model's frame, of which the batch shows crops.
         offset = (batch.origin * EMBEDDING_STRIDE).float().repeat_interleave(batch.targets.shape[1], 0)
         prompts = shifted(first_prompts(targets, boxes, self.prompts, generator), offset)
-        rounds = int(torch.randint(self.prompts.max_rounds + 1, (), generator=generator))
-        mask_logits = None
-        for round_number in range(rounds + 1):
-            with autocast:
-                positions = dense_positions(student, batch.origin, size)
-                decoded = decode(student, embeddings, positions, prompts, mask_logits)
-            for name, value in self._round(decoded, batch, prompts, mask_logits, targets, weight).items():
-                terms[name] = terms.get(name, 0) + value / (rounds + 1)
-            if round_number < rounds:
-                current = decoded.logits[:, SINGLE_MASK].detach().float()
-                points, labels = next_points(targets > 0.5, current > 0, self.prompts.policy, generator)
+        mask_logits, difficulty = None, weight
+        for number in range(len(refinements) + 1):
+            taught = None
+            if teacher is not None and config.needs_teacher_masks:
+                with torch.no_grad(), autocast:
+                    taught = decode(teacher, batch.embedding, teacher_positions, prompts, mask_logits)
+            run = partial(recomputed, self._round) if self.recompute_rounds else self._round
+            round_terms, logits = run(embeddings, positions, prompts, mask_logits, taught, targets, weight, autocast)
+            for name, value in round_terms.items():
+                terms[name] = terms.get(name, 0) + value / (len(refinements) + 1)
+            if number == 0:
+                difficulty = _difficulty(logits, taught, targets, weight).unflatten(0, batch.weight.shape).nanmean(1)
+            if number < len(refinements):
+                points, labels = next_points(targets > 0.5, logits > 0, self.prompts.policy, generator)
                 prompts = prompts.extended(points + offset, labels)
-                feed_mask = torch.rand((), generator=generator) < self.prompts.mask_prompt_probability
-                mask_logits = current[:, None] if feed_mask else None
+                mask_logits = logits[:, None] if refinements[number] else None
 
-        total = sum((getattr(self.losses, name) * value for name, value in terms.items()), start=torch.zeros(()))
-        return total, {"loss": total.item(), **{name: value.item() for name, value in terms.items()}}
+        total = sum((getattr(config, name) * value for name, value in terms.items()), start=embeddings.new_zeros(()))
+        return total, {name: value.detach() for name, value in terms.items()}, difficulty
 
     def _round(
         self,
-        decoded: Decoded,
-        batch: Sample,
+        embeddings: torch.Tensor,
+        positions: torch.Tensor,
         prompts: Prompts,
         mask_logits: torch.Tensor | None,
+        taught: Decoded | None,
         targets: torch.Tensor,
         weight: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
+        autocast: torch.autocast,
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The terms of a round of prompts, and ``(N, h, w)`` single-mask logits without gradient."""
+        config = self.losses
+        with autocast:
+            decoded = decode(self.student, embeddings, positions, prompts, mask_logits)
         logits, truth = decoded.logits.float(), targets[:, None]
         count = weight.sum().clamp(min=1)
+
+        def mean(values: torch.Tensor) -> torch.Tensor:
+            return (values * weight).sum() / count
+
+        terms: dict[str, torch.Tensor] = {}
         actual_iou = losses.mask_iou(logits, truth)
-        focal, dice = losses.focal_loss(logits, truth), losses.dice_loss(logits, truth)
-        combined = self.losses.focal * focal + self.losses.dice * dice
-        best = combined[:, 1:].detach().argmin(1, keepdim=True) + 1
-        iou_error = (decoded.predicted_iou.float() - actual_iou).abs().mean(1)
-        terms = {
-            "focal": ((focal[:, SINGLE_MASK] + focal.gather(1, best)[:, 0]) * weight).sum() / count,
-            "dice": ((dice[:, SINGLE_MASK] + dice.gather(1, best)[:, 0]) * weight).sum() / count,
-            "iou": (iou_error * weight).sum() / count,
-        }
-        if self.teacher is None:
-            return terms
-        with torch.no_grad():
-            positions = dense_positions(self.teacher, batch.origin, batch.embedding.shape[-1])
-            taught = decode(self.teacher, batch.embedding, positions, prompts, mask_logits)
-        terms["token"] = losses.token_loss(decoded.tokens.float(), taught.tokens)
-        if self.losses.hard_mask_weight:
-            taught_iou = losses.mask_iou(taught.logits, truth)
-            hardness = losses.hard_mask_weight(taught_iou[:, SINGLE_MASK], actual_iou[:, SINGLE_MASK])
-        else:
+        if config.focal + config.dice > 0:
+            focal, dice = losses.focal_loss(logits, truth), losses.dice_loss(logits, truth)
+            combined = (config.focal * focal + config.dice * dice)[:, 1:].detach()
+            best = combined.argmin(1, keepdim=True) + 1
+            terms["focal"] = mean(focal[:, SINGLE_MASK] + focal.gather(1, best)[:, 0])
+            terms["dice"] = mean(dice[:, SINGLE_MASK] + dice.gather(1, best)[:, 0])
+        if config.iou > 0:
+            terms["iou"] = mean((decoded.predicted_iou.float() - actual_iou).abs().mean(1))
+        if taught is not None and config.token > 0:
+            terms["token"] = mean(losses.token_loss(decoded.tokens.float(), taught.tokens.float(), config.distance))
+        if taught is not None and config.output > 0:
+            taught_logits = taught.logits.float()
             hardness = torch.full_like(weight, 0.5)
-        output = losses.output_loss(logits, taught.logits, self.losses.logit_clip)
-        terms["output"] = (hardness * output * weight).sum() / count
-        return terms
+            if config.hard_mask_weight:
+                taught_iou = losses.mask_iou(taught_logits, truth)
+                hardness = losses.hard_mask_weight(taught_iou[:, SINGLE_MASK], actual_iou[:, SINGLE_MASK])
+            terms["output"] = mean(hardness * losses.output_loss(logits, taught_logits, config))
+        return terms, logits[:, SINGLE_MASK].detach()
+
+
+def _difficulty(
+    logits: torch.Tensor, taught: Decoded | None, targets: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """``(N,)`` by how much the teacher's IoU exceeds the student's; NaN where there is no mask."""
+    truth = targets[:, None]
+    student_iou = losses.mask_iou(logits[:, None], truth)[:, 0]
+    teacher_iou = 1.0 if taught is None else losses.mask_iou(taught.logits[:, SINGLE_MASK, None], truth)[:, 0]
+    return (teacher_iou - student_iou).masked_fill(weight == 0, torch.nan)
 
 
 def preprocess(sam: Sam, images: torch.Tensor, content_size: torch.Tensor) -> torch.Tensor:
@@ -120,13 +165,6 @@ def preprocess(sam: Sam, images: torch.Tensor, content_size: torch.Tensor) -> to
     normalised = (images - sam.pixel_mean) / sam.pixel_std
     padded = normalised * content_mask(content_size, images.shape[-1], 1)[:, None]
     return padded.contiguous(memory_format=torch.channels_last)
-
-
-def content_mask(content_size: torch.Tensor, size: int, stride: int) -> torch.Tensor:
-    """``(B, size, size)`` bool: which cells of ``stride`` pixels show any of the image."""
-    starts = torch.arange(size) * stride
-    rows, columns = (starts < content_size[:, :1]), (starts < content_size[:, 1:])
-    return rows[:, :, None] & columns[:, None, :]
 
 
 def shifted(prompts: Prompts, offset: torch.Tensor) -> Prompts:

@@ -6,42 +6,31 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from segment_anything.modeling import Sam
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 
-from tinysam.distill.cache import Cache, GroupSamples, epoch_order
+from tinysam.distill.cache import Cache
+from tinysam.distill.difficulty import MiningConfig
+from tinysam.distill.groups import Group, epoch_order, make_groups
+from tinysam.distill.loading import Reading, load_batches
 from tinysam.distill.losses import LossConfig
-from tinysam.distill.progress import Progress, load_progress, save_progress
-from tinysam.distill.prompts import PromptConfig
+from tinysam.distill.memory import recompute_blocks
+from tinysam.distill.optimizer import OptimizerConfig, learning_rate, moving_average, parameter_groups
+from tinysam.distill.progress import TrainingState, load_progress, save_best, save_progress
+from tinysam.distill.prompts import PromptConfig, draw_refinements
 from tinysam.distill.samples import Sample, SampleConfig
 from tinysam.distill.step import DistillationLoss
+from tinysam.distill.teacher_masks import TeacherMaskConfig
 from tinysam.distill.validation import validate
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW with warm-up and cosine decay. Our choice: the paper says Adam and 8 epochs, and no more."""
-
-    learning_rate: float = 1e-3
-    """At the end of the warm-up."""
-    final_learning_rate: float = 1e-5
-    """At the end of training."""
-    warmup_steps: int = 200
-    """Steps of linear warm-up."""
-    weight_decay: float = 0.05
-    """Of matrices and kernels; biases, scales and embeddings have none."""
-    clip_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    ema_decay: float = 0.999
-    """Of the averaged weights, which are what is validated and saved; it rises to this from 0.1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +40,36 @@ class TrainerConfig:
     epochs: int = 8
     """Passes over the cache (paper)."""
     batch_size: int = 8
-    """Images a step and worker."""
+    """Images that a worker sees at once."""
+    accumulate_batches: int = 1
+    """Batches whose gradients a worker adds up before a step of the optimizer."""
     group_shards: int = 8
     """Shards that a worker mixes at once: samples are drawn across them, checkpoints lie between groups."""
     seed: int = 0
     """Of initial weights, order, crops and prompts."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the networks; losses and optimizer are float32 in any case."""
+    recompute: Literal["nothing", "decoder", "all"] = "nothing"
+    """Activations that are computed again in the backward pass instead of kept: those of each round of prompts, which
+    grow with rounds and prompts, or those of each block of the image encoder as well."""
     loader_processes: int = 1
-    """Processes a worker that decode samples ahead of training."""
+    """Processes a worker that decode samples ahead of training; 0 decodes between the steps."""
     log_every_s: float = 10.0
     """Seconds between lines of history."""
     checkpoint_every_s: float = 300.0
     """Seconds between checkpoints at least; one more at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate_batches", "group_shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("loader_processes", "log_every_s", "checkpoint_every_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss is NaN or infinite; the message names the step and the images."""
 
 
 class Trainer:
@@ -74,9 +80,11 @@ class Trainer:
         teacher: None for ground truth alone.
         cache: the training set.
         validation: whole-image batches to watch, or none.
-        checkpoints_url: folder of resumable checkpoints; the newest is picked up.
+        checkpoints_url: folder of resumable checkpoints; the newest is picked up. Where there is a validation, the
+            averaged weights that did best in it are kept there as ``best.safetensors``.
         on_log: called on rank 0 with each line of history.
         on_checkpoint: called on every rank after each checkpoint, with the validation's scores on rank 0.
+        rank: of this worker; with several workers, torch's process group has to be up.
     """
 
     def __init__(
@@ -90,138 +98,180 @@ class Trainer:
         losses: LossConfig,
         prompts: PromptConfig,
         samples: SampleConfig,
-        validation: list[Sample],
+        validation: Sequence[Sample],
         checkpoints_url: str,
         on_log: Callable[[dict[str, float]], None],
         on_checkpoint: Callable[[dict[str, float]], None],
+        teacher_masks: TeacherMaskConfig | None = None,
+        mining: MiningConfig | None = None,
         rank: int = 0,
         world_size: int = 1,
         device: str = "cpu",
     ) -> None:
         self.student, self.cache, self.config = student, cache, trainer
         self._optimizer_config, self._prompts, self._samples = optimizer, prompts, samples
-        self._validation, self._checkpoints_url, self._on_log = validation, checkpoints_url, on_log
-        self._on_checkpoint = on_checkpoint
+        self._mining = mining or MiningConfig()
+        self._validation = [batch.to(device) for batch in validation]
+        self._checkpoints_url, self._on_log, self._on_checkpoint = checkpoints_url, on_log, on_checkpoint
         self._rank, self._world_size, self._device = rank, world_size, device
 
-        loss = DistillationLoss(student, teacher, losses, prompts).to(device)
+        loss = DistillationLoss(
+            student, teacher, losses, prompts, teacher_masks, recompute_rounds=trainer.recompute != "nothing"
+        ).to(device)
+        self._local_loss = loss
         student.image_encoder.to(memory_format=torch.channels_last)
+        self._ema = AveragedModel(student, multi_avg_fn=moving_average(optimizer.ema_decay), use_buffers=True)
+        if trainer.recompute == "all":
+            recompute_blocks(student.image_encoder)
         # A round without a mask prompt leaves the prompt encoder's mask branch out of the graph.
         self._loss: nn.Module = DistributedDataParallel(loss, find_unused_parameters=True) if world_size > 1 else loss
-        self._ema = AveragedModel(student, multi_avg_fn=moving_average(optimizer.ema_decay), use_buffers=True)
-        self._optimizer = torch.optim.AdamW(_parameter_groups(student, optimizer.weight_decay), fused=True)
+        groups = parameter_groups(student, optimizer.weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, lr=optimizer.learning_rate, fused=True)
         self._autocast = torch.autocast(device, torch.bfloat16, enabled=trainer.precision == "bf16")
-        self._progress = Progress()
+        self._state = TrainingState(student=student, averaged=self.averaged_student, optimizer=self._optimizer)
+        self._progress, self._difficulty, self._weights = load_progress(checkpoints_url, self._state)
+        self._ema.n_averaged.fill_(self._progress.step)
+        self._total = sum(group.steps for epoch in range(trainer.epochs) for group in self._groups(epoch, 0))
+        left = self._groups(self._progress.epoch, self._progress.shards_done) if not self._finished else []
+        later = range(self._progress.epoch + 1, trainer.epochs)
+        self._left = sum(group.steps for groups in (left, *(self._groups(e, 0) for e in later)) for group in groups)
 
     @property
     def averaged_student(self) -> Sam:
         """The exponential moving average of the student's weights."""
         return self._ema.module
 
-    def total_steps(self) -> int:
-        """Steps of the whole run, the same on every worker."""
-        return self.config.epochs * sum(steps for _, steps in self._groups(epoch_order(len(self.cache.shards), 0, 0)))
+    @property
+    def _finished(self) -> bool:
+        return self._progress.epoch >= self.config.epochs
 
     def run(self) -> None:
-        """Trains to the end, from the newest checkpoint on if there is one."""
-        progress = load_progress(self._checkpoints_url, self.student, self.averaged_student, self._optimizer)
-        if progress is not None:
-            self._progress = progress
-            self._ema.n_averaged.fill_(progress.step)
-        total, saved_at = self.total_steps(), time.monotonic()
-        while self._progress.epoch < self.config.epochs:
-            order = epoch_order(len(self.cache.shards), self.config.seed, self._progress.epoch)
-            remaining = order[self._progress.shards_done :]
-            for group, steps in self._groups(remaining):
-                self._train_group(group, steps, total)
-                self._progress.shards_done += len(group)
-                if time.monotonic() - saved_at > self.config.checkpoint_every_s:
+        """Trains to the end, from the newest checkpoint on if there is one.
+
+        Raises:
+            NonFiniteLossError: before the weights take in a loss that is no number.
+            LakeError: if a shard cannot be read; the message names it.
+        """
+        self.student.train()
+        saved_at = time.monotonic()
+        while not self._finished:
+            groups = self._groups(self._progress.epoch, self._progress.shards_done)
+            log = _Log(self.config.log_every_s)
+            for group, batches in self._read(groups):
+                for _ in range(group.steps):
+                    self._step(batches, log)
+                    if self._rank == 0 and log.due:
+                        self._write_log(log)
+                self._progress.shards_done += len(group.shards)
+                # One clock decides for all: a checkpoint is a meeting of the workers.
+                if self._agreed(time.monotonic() - saved_at > self.config.checkpoint_every_s):
                     self._checkpoint()
                     saved_at = time.monotonic()
+            if self._rank == 0 and log.steps:
+                self._write_log(log)
             self._progress.epoch += 1
             self._progress.shards_done = 0
+            self._share_difficulty()
+            self._weights = self._difficulty.weights(self._mining.strength)
         self._checkpoint()
 
-    def _groups(self, order: list[int]) -> Iterator[tuple[list[int], int]]:
-        """Groups of shards for all workers together, and the steps that each worker makes on its part."""
-        size = self.config.group_shards * self._world_size
-        for start in range(0, len(order), size):
-            group = order[start : start + size]
-            images = sum(self.cache.shards[i].images for i in group)
-            yield group, max(1, round(images / (self.config.batch_size * self._world_size)))
+    def _groups(self, epoch: int, done: int) -> list[Group]:
+        config, workers = self.config, self._world_size
+        return make_groups(
+            epoch_order(len(self.cache.shards), config.seed, epoch),
+            [shard.images for shard in self.cache.shards],
+            done=done,
+            group_shards=config.group_shards * workers,
+            images_per_step=config.batch_size * config.accumulate_batches * workers,
+        )
 
-    def _train_group(self, group: list[int], steps: int, total: int) -> None:
-        # With fewer shards than workers some share one: every worker has to make its steps.
-        mine = group[self._rank :: self._world_size] or [group[self._rank % len(group)]]
-        seed = [self.config.seed, self._progress.epoch, self._progress.shards_done, self._rank]
-        dataset = GroupSamples(
-            self.cache,
-            [self.cache.shards[i].url for i in mine],
-            config=self._samples,
+    def _read(self, groups: list[Group]) -> Iterator[tuple[Group, _Batches]]:
+        config, epoch = self.config, self._progress.epoch
+        reading = Reading(
+            groups=groups,
+            samples=self._samples,
             prompts=self._prompts.per_image,
-            count=steps * self.config.batch_size,
-            seed=seed,
+            batch_size=config.batch_size,
+            batches_per_step=config.accumulate_batches,
+            seed=(config.seed, epoch),
+            worker=self._rank,
+            workers=self._world_size,
+            weights=self._weights,
         )
-        loader = DataLoader(
-            dataset,
-            batch_size=self.config.batch_size,
-            collate_fn=Sample.stack,
-            num_workers=min(1, self.config.loader_processes),
-            prefetch_factor=4 if self.config.loader_processes else None,
-        )
-        generator = torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-        self.student.train()
-        started, totals, count, waited = time.monotonic(), dict[str, float](), 0, 0.0
-        ready = time.monotonic()
-        for batch in loader:
-            waited += time.monotonic() - ready
-            metrics = self._step(batch, generator, total)
-            count += 1
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value
-            ready = time.monotonic()
-            elapsed = ready - started
-            if elapsed > self.config.log_every_s:
-                self._log(totals, count, elapsed, waited, total)
-                started, totals, count, waited = ready, {}, 0, 0.0
-        if count:
-            self._log(totals, count, max(time.monotonic() - started, 1e-9), waited, total)
+        pin = self._device == "cuda"
+        batches = load_batches(self.cache, reading, processes=config.loader_processes, pin_memory=pin)
+        for group in groups:
+            seed = (config.seed, epoch, group.offset)
+            # How often prompts are refined is drawn alike on all workers, as the slowest of them sets the pace.
+            yield group, _Batches(batches, _generator(seed, "cpu"), _generator((*seed, self._rank), self._device))
 
-    def _step(self, batch: Sample, generator: torch.Generator, total: int) -> dict[str, float]:
-        rate = learning_rate(self._progress.step, total, self._optimizer_config)
+    def _step(self, batches: _Batches, log: _Log) -> None:
+        rate = learning_rate(self._total - self._left, self._total, self._optimizer_config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
-        loss, metrics = self._loss(batch, generator, self._autocast)
-        if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(
-                f"the loss is {metrics['loss']} at step {self._progress.step}; nothing was overwritten since the last "
-                "checkpoint. Lower --optimizer.learning-rate, or train with --trainer.precision fp32."
-            )
-        loss.backward()
+        share = 1 / self.config.accumulate_batches
+        for number in range(self.config.accumulate_batches):
+            start = time.monotonic()
+            batch = next(batches.loaded)
+            log.waited += time.monotonic() - start
+            batch = batch.to(self._device)
+            refinements = draw_refinements(self._prompts, batches.common)
+            is_last = number == self.config.accumulate_batches - 1
+            with nullcontext() if is_last else self._unsynchronised():
+                loss, terms, difficulty = self._loss(batch, refinements, batches.own, self._autocast)
+                # One transfer for all numbers: each would make the CPU wait for the GPU.
+                values = torch.stack([loss.detach(), *terms.values()]).tolist()
+                if not math.isfinite(values[0]):
+                    raise NonFiniteLossError(self._explain(values[0], batch, refinements))
+                (loss * share).backward()
+            log.add(dict(zip(("loss", *terms), values, strict=True)), share)
+            if self._mining.strength > 0:
+                self._difficulty.update(batch.key, difficulty.tolist(), self._progress.step)
         nn.utils.clip_grad_norm_(self.student.parameters(), self._optimizer_config.clip_norm)
         self._optimizer.step()
         self._ema.update_parameters(self.student)
         self._progress.step += 1
-        return {**metrics, "learning_rate": rate}
+        self._left -= 1
+        log.add({"learning_rate": rate}, 1.0)
+        log.steps += 1
 
-    def _log(self, totals: dict[str, float], count: int, elapsed: float, waited: float, total: int) -> None:
-        if self._rank != 0:
-            return
-        line = {name: value / count for name, value in totals.items()}
-        images = count * self.config.batch_size * self._world_size
-        self._on_log(
-            {
-                "step": self._progress.step,
-                "total_steps": total,
-                "epoch": self._progress.epoch,
-                **line,
-                "images_per_second": images / elapsed,
-                "waiting_share": waited / elapsed,
-            }
+    def _unsynchronised(self) -> AbstractContextManager[None]:
+        """Within it gradients stay on their worker."""
+        return self._loss.no_sync() if isinstance(self._loss, DistributedDataParallel) else nullcontext()
+
+    @torch.no_grad()
+    def _explain(self, loss: float, batch: Sample, refinements: list[bool]) -> str:
+        """Names the images of a batch whose loss is no number."""
+        guilty = []
+        for index, key in enumerate(batch.key):
+            generator = _generator((0,), self._device)
+            alone = self._local_loss(batch.image_at(index), refinements, generator, self._autocast)[0]
+            if not math.isfinite(alone.item()):
+                guilty.append(key)
+        where = ", ".join(guilty or batch.key)
+        if len(guilty) in (0, len(batch.key)):
+            cause = "Not one image alone is at fault"
+            remedy = "lower --optimizer.learning-rate, or train with --trainer.precision fp32"
+        else:
+            cause = f"{len(guilty)} of {len(batch.key)} images of the batch are at fault"
+            remedy = "look at these rows, and delete their shards to have pipelines/cache_teacher.py make them anew"
+        return (
+            f"the loss is {loss} at step {self._progress.step}, on {where}. {cause}: {remedy}. "
+            "No weights were changed, and no checkpoint was written since the last good one."
         )
 
+    def _write_log(self, log: _Log) -> None:
+        progress = {
+            "step": self._progress.step,
+            "total_steps": self._progress.step + self._left,
+            "epoch": self._progress.epoch,
+        }
+        images_per_step = self.config.batch_size * self.config.accumulate_batches * self._world_size
+        self._on_log({**progress, **log.take(images_per_step)})
+
     def _checkpoint(self) -> None:
+        self._share_difficulty()
         scores: dict[str, float] = {}
         if self._rank == 0:
             if self._validation:
@@ -229,40 +279,67 @@ class Trainer:
                 found = validate(averaged, self._validation, self._autocast)
                 scores = {f"val_{name}": value for name, value in found.items()}
                 self._on_log({"step": self._progress.step, "epoch": self._progress.epoch, **scores})
-            save_progress(self._checkpoints_url, self._progress, self.student, self.averaged_student, self._optimizer)
+                score = (found["box"] + found["click"]) / 2
+                if math.isfinite(score) and score > (self._progress.best_score or -math.inf):
+                    self._progress.best_score = score
+                    save_best(self._checkpoints_url, averaged, scores)
+            save_progress(self._checkpoints_url, self._progress, self._state, self._difficulty, self._weights)
         self._on_checkpoint({"step": self._progress.step, **scores})
 
+    def _share_difficulty(self) -> None:
+        """Makes all workers know what each of them has found out about its images."""
+        if self._mining.strength > 0 and self._world_size > 1:
+            tables: list[dict[str, tuple[float, int]]] = [{} for _ in range(self._world_size)]
+            dist.all_gather_object(tables, self._difficulty.values)
+            self._difficulty.merge(tables)
 
-def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
-    """Linear warm-up, then half a cosine down to ``final_learning_rate``."""
-    warmup = min(config.warmup_steps, total // 2)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    share = (step - warmup) / max(1, total - warmup)
-    span = config.learning_rate - config.final_learning_rate
-    return config.final_learning_rate + span * (1 + math.cos(math.pi * min(1.0, share))) / 2
-
-
-def moving_average(
-    decay: float,
-) -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], torch.Tensor | int], None]:
-    """An exponential moving average whose decay rises from 0.1 to ``decay``: the first weights are soon forgotten."""
-
-    @torch.no_grad()
-    def update(
-        averaged: Sequence[torch.Tensor], current: Sequence[torch.Tensor], num_averaged: torch.Tensor | int
-    ) -> None:
-        now = min(decay, (1 + float(num_averaged)) / (10 + float(num_averaged)))
-        for mean, value in zip(averaged, current, strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value.to(mean.dtype), 1 - now)
-            else:
-                mean.copy_(value)
-
-    return update
+    def _agreed(self, opinion: bool) -> bool:
+        """What rank 0 thinks."""
+        if self._world_size == 1:
+            return opinion
+        flag = torch.tensor([opinion], dtype=torch.uint8, device=self._device)
+        dist.broadcast(flag, src=0)
+        return bool(flag.item())
 
 
-def _parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    decayed = [p for p in student.parameters() if p.ndim > 1]
-    others = [p for p in student.parameters() if p.ndim <= 1]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+@dataclass(frozen=True)
+class _Batches:
+    loaded: Iterator[Sample]
+    common: torch.Generator
+    """On the CPU, in the same state on all workers."""
+    own: torch.Generator
+    """On the device, of this worker alone."""
+
+
+@dataclass
+class _Log:
+    """Sums over the steps since the last line of history."""
+
+    every_s: float
+    started: float = field(default_factory=time.monotonic)
+    steps: int = 0
+    waited: float = 0.0
+    totals: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def due(self) -> bool:
+        return time.monotonic() - self.started > self.every_s
+
+    def add(self, values: dict[str, float], share: float) -> None:
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value * share
+
+    def take(self, images_per_step: int) -> dict[str, float]:
+        """Means a step, speed and waiting; starts anew."""
+        now = time.monotonic()
+        elapsed = max(now - self.started, 1e-9)
+        line = {name: total / self.steps for name, total in self.totals.items()}
+        line["images_per_second"] = self.steps * images_per_step / elapsed
+        line["waiting_share"] = self.waited / elapsed
+        self.started, self.steps, self.waited, self.totals = now, 0, 0.0, {}
+        return line
+
+
+def _generator(seed: Sequence[int], device: str) -> torch.Generator:
+    state = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
+    return torch.Generator(device).manual_seed(state)

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from segment_anything.modeling import Sam
 
+from tinysam.distill.cache import open_cache
 from tinysam.distill.decoding import decode, dense_positions
+from tinysam.distill.groups import Group
+from tinysam.distill.loading import Reading, load_batches
 from tinysam.distill.losses import mask_iou
-from tinysam.distill.prompts import FOREGROUND, NO_POINT, Prompts, box_prompts
-from tinysam.distill.samples import LOW_RES_STRIDE, Sample
+from tinysam.distill.prompts import Prompts, box_prompts, point_prompts
+from tinysam.distill.samples import LOW_RES_STRIDE, Sample, SampleConfig
 from tinysam.distill.step import SINGLE_MASK, preprocess
+from tinysam.lake.shards import ShardError
+
+MASKS = 32
+"""Masks of an image that are looked at."""
+
+
+def validation_batches(urls: Sequence[str], *, images: int, image_size: int) -> list[Sample]:
+    """Whole images of caches that are not trained on, one a batch; the same ones each time.
+
+    Args:
+        urls: outputs of pipelines/cache_teacher.py.
+        images: drawn from each of them.
+        image_size: of the training set.
+
+    Raises:
+        ShardError: if a cache has another image size, or holds no image with masks.
+    """
+    batches: list[Sample] = []
+    for url in urls:
+        cache = open_cache([url])
+        if cache.image_size != image_size:
+            raise ShardError(
+                f"{url} is cached at {cache.image_size} pixels, the training set at {image_size}. "
+                f"Cache it with --image-size {image_size}."
+            )
+        group = Group(offset=0, shards=tuple(range(len(cache.shards))), steps=images)
+        reading = Reading(groups=[group], samples=SampleConfig(), prompts=MASKS, batch_size=1)
+        batches += load_batches(cache, reading, processes=0)
+    return batches
 
 
 @torch.no_grad()
@@ -23,7 +55,7 @@ def validate(student: Sam, batches: Iterable[Sample], autocast: torch.autocast) 
 
     Args:
         student: in eval mode.
-        batches: whole images, so ``origin`` is 0.
+        batches: whole images, so ``origin`` is 0, on the student's device.
     """
     ious: dict[str, list[torch.Tensor]] = {"box": [], "click": [], "click_best": []}
     for batch in batches:
@@ -46,13 +78,13 @@ def validate(student: Sam, batches: Iterable[Sample], autocast: torch.autocast) 
 
 def centre_clicks(targets: torch.Tensor) -> Prompts:
     """One foreground point for each of ``(N, h, w)`` masks: the covered pixel nearest to the centroid."""
-    n, height, width = targets.shape
-    ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    height, width = targets.shape[1:]
+    axes = (torch.arange(side, device=targets.device) for side in (height, width))
+    ys, xs = torch.meshgrid(*axes, indexing="ij")
     mass = targets.sum((1, 2)).clamp(min=1e-6)
     centre_y, centre_x = ((targets * axis).sum((1, 2)) / mass for axis in (ys, xs))
     distance = (ys - centre_y[:, None, None]) ** 2 + (xs - centre_x[:, None, None]) ** 2
     distance = torch.where(targets > 0.5, distance, distance + height * width * 4)
     index = distance.flatten(1).argmin(1)
     points = (torch.stack([index % width, index // width], 1) + 0.5) * LOW_RES_STRIDE
-    labels = torch.tensor([FOREGROUND, NO_POINT]).expand(n, 2)
-    return Prompts(torch.stack([points, torch.zeros_like(points)], 1), labels)
+    return point_prompts(points)

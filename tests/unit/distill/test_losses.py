@@ -22,7 +22,9 @@ def test_padding_does_not_count_in_the_embedding_loss() -> None:
 def test_the_output_loss_ignores_how_certain_both_are() -> None:
     teacher = torch.tensor([[[[50.0, -3.0]]], [[[50.0, -3.0]]]])
     student = torch.tensor([[[[900.0, -3.0]]], [[[19.0, -1.0]]]])
-    torch.testing.assert_close(losses.output_loss(student, teacher, 20.0), torch.tensor([0.0, (1 + 2) / 2]))
+    torch.testing.assert_close(
+        losses.output_loss(student, teacher, LossConfig(logit_clip=20)), torch.tensor([0.0, (1 + 2) / 2])
+    )
 
 
 def test_hard_mask_weight_is_half_at_parity_and_bounded_below() -> None:

@@ -53,7 +53,7 @@ def test_every_pixel_of_a_region_can_be_drawn() -> None:
 
 def test_the_last_pixel_is_not_rounded_out_of_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     almost_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
-    monkeypatch.setattr(torch, "rand", lambda size, generator: almost_one.expand(size))
+    monkeypatch.setattr(torch, "rand", lambda size, generator, device: almost_one.expand(size))
     region = torch.zeros(1, 256, 256, dtype=torch.bool)
     region[0, 255, 255] = True
     assert hit(sample_points(region, seeded()), region).all()

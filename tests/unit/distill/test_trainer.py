@@ -13,9 +13,10 @@ from segment_anything.modeling import Sam
 
 from tinysam.distill.cache import Cache, open_cache
 from tinysam.distill.losses import LossConfig
+from tinysam.distill.optimizer import OptimizerConfig, learning_rate, moving_average
 from tinysam.distill.prompts import PromptConfig
 from tinysam.distill.samples import SampleConfig
-from tinysam.distill.trainer import OptimizerConfig, Trainer, TrainerConfig, learning_rate, moving_average
+from tinysam.distill.trainer import Trainer, TrainerConfig
 
 CONFIG = TrainerConfig(
     epochs=2, batch_size=2, group_shards=1, precision="fp32", loader_processes=0, log_every_s=0, checkpoint_every_s=0
