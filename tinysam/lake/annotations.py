@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from tinysam.lake.filesystem import MissingError, read_bytes, redact_url
 from tinysam.lake.images import ImageError
+from tinysam.lake.patience import patiently
 from tinysam.lake.resize import shrink_to_grid
 from tinysam.lake.rle import run_lengths
 from tinysam.lake.schema import MASK_STRIDE
@@ -160,8 +161,8 @@ def _read_sidecar(uri: str) -> bytes:
     try:
         if match := _BYTE_RANGE.match(uri):
             first, end = int(match["first"]), int(match["end"])
-            return read_bytes(match["uri"], first, end - first)
-        return read_bytes(uri)
+            return patiently(lambda: read_bytes(match["uri"], first, end - first))
+        return patiently(lambda: read_bytes(uri))
     except MissingError as error:
         raise ImageError("bad_annotations", f"{redact_url(uri)} is gone since the lake was indexed") from error
 

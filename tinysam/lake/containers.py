@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from tinysam.lake.filesystem import LakeError, explained, is_local, open_filesystem, read_bytes, redact_url
 from tinysam.lake.images import ImageError
-from tinysam.lake.listing import LakeFile, is_hidden, kind_of
+from tinysam.lake.listing import LakeFile, is_hidden, kind_of, safe_name
 from tinysam.lake.parquet_file import open_parquet
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def tar_rows(file: LakeFile) -> list[dict[str, Any]]:
         ):
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it keeps every header: gigabytes for a large tar
-                name = _safe_name(member.name)
+                name = safe_name(member.name)
                 if not member.isreg() or member.issparse() or is_hidden(name):
                     continue
                 if kind_of(name) == "image":
@@ -81,12 +81,6 @@ def tar_rows(file: LakeFile) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _safe_name(name: str) -> str:
-    """Drops what could lead out of a folder ("/", "..") or is not UTF-8: ids become file names elsewhere."""
-    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
 def parquet_rows(file: LakeFile) -> list[dict[str, Any]]:

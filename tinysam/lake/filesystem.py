@@ -7,13 +7,15 @@ endpoint come from the ``AWS_*`` environment, as for every other tool, and never
 from __future__ import annotations
 
 import contextlib
+import errno
 import fnmatch
 import functools
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import fsspec
 import pyarrow as pa
@@ -23,11 +25,28 @@ from fsspec.implementations.local import LocalFileSystem
 _S3_SCHEMES = ("s3://", "s3a://")
 _BUCKET_SCHEMES = (*_S3_SCHEMES, "gs://", "gcs://")
 _DRIVERS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs")
+# s3fs turns S3's answers into these: InternalError and 500, SlowDown and 503, and those that it does not know.
+_BUSY_ERRNOS = (getattr(errno, "EREMOTEIO", errno.EIO), errno.EBUSY, errno.EIO)
+_BUSY_STATUSES = ("429", "500", "502", "503", "504")
+_BROKEN_TRANSFERS = (
+    *("ClientPayloadError", "ServerDisconnectedError", "ServerTimeoutError", "FSTimeoutError", "IncompleteRead"),
+    *(
+        "IncompleteReadError",
+        "ResponseStreamingError",
+        "ResponseParserError",
+        "HTTPClientError",
+        "ProxyConnectionError",
+    ),
+)
 _SINGLE_PUT_BYTES = 1 << 30  # s3fs splits what is larger than twice its chunk size into several requests
 
 
 class LakeError(Exception):
     """Storage or a table in it cannot be used; the message names the URL and the remedy."""
+
+
+class TransientError(LakeError):
+    """The storage failed in a way that may pass by itself: overload, a lost connection, a time-out."""
 
 
 class MissingError(LakeError):
@@ -152,13 +171,44 @@ def write_once(url: str, data: bytes) -> None:
             fs.pipe_file(path, data)
 
 
+def write_stream_once(url: str, fill: Callable[[BinaryIO], None]) -> None:
+    """Writes a file of any size as ``write_once`` does: readers see all of it or nothing.
+
+    Args:
+        url: The file.
+        fill: Writes the content. For object storage it goes through a temporary file on the local disk.
+
+    Raises:
+        LakeError: If the storage refuses.
+    """
+    fs, path = open_filesystem(url)
+    if isinstance(fs, LocalFileSystem):
+        with explained(url, writing=True):
+            _fill_local(Path(path), fill)
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        fill(cast(BinaryIO, file))
+        file.flush()
+        with explained(url, writing=True):
+            if not url.startswith(_S3_SCHEMES):
+                fs.makedirs(fs._parent(path), exist_ok=True)
+            fs.put_file(file.name, path)
+
+
 def _write_local(path: Path, data: bytes) -> None:
+    def fill(file: BinaryIO) -> None:
+        file.write(data)
+
+    _fill_local(path, fill)
+
+
+def _fill_local(path: Path, fill: Callable[[BinaryIO], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The hidden name keeps an unfinished file out of listings if the process dies here.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes private files; give this one the permissions that open() would have.
@@ -169,6 +219,18 @@ def _write_local(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove(url: str) -> None:
+    """Deletes a file if it is there.
+
+    Raises:
+        LakeError: If the storage refuses.
+    """
+    if exists(url):
+        fs, path = open_filesystem(url)
+        with explained(url, writing=True):
+            fs.rm_file(path)
 
 
 def list_files(url: str, pattern: str = "**") -> list[str]:
@@ -259,9 +321,21 @@ def _explain(url: str, error: BaseException, writing: bool) -> LakeError:
         scheme = url.split("://", 1)[0]
         return LakeError(f"{shown}: unknown scheme {scheme!r}. Use a path, file://, s3:// or gs://.")
     if name in ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"):
-        return LakeError(f"{shown}: the storage cannot be reached. Check the network and AWS_ENDPOINT_URL.")
+        return TransientError(f"{shown}: the storage cannot be reached. Check the network and AWS_ENDPOINT_URL.")
     if "InvalidRange" in str(error):
         return _short_read(url)
+    if not is_local(url) and _may_pass(error):
+        return TransientError(
+            f"{shown}: the storage is overloaded or lost the connection ({name}: {error}). Try again."
+        )
     if isinstance(error, ValueError) and "endpoint" in str(error):
         return LakeError(f"{shown}: {error}. AWS_ENDPOINT_URL needs a scheme, as in https://minio.example.org:9000.")
     return LakeError(f"{shown}: {name}: {error}")
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Tells whether a store's error is one of the moment rather than of the request."""
+    if isinstance(error, TimeoutError | ConnectionError) or type(error).__name__ in _BROKEN_TRANSFERS:
+        return True
+    status = getattr(error, "code", None) or getattr(error, "status", None)  # gcsfs and aiohttp
+    return getattr(error, "errno", None) in _BUSY_ERRNOS or str(status) in _BUSY_STATUSES

@@ -18,6 +18,7 @@ from tinysam.lake.containers import parquet_rows, read_parquet_image, tar_rows
 from tinysam.lake.filesystem import LakeError, MissingError, ShortReadError, is_local, read_bytes, redact_url
 from tinysam.lake.images import ImageError
 from tinysam.lake.listing import LakeFile, kind_of, list_lake
+from tinysam.lake.patience import patiently
 
 _READERS = 16  # containers opened at a time: object storage takes tens of milliseconds for each request
 _LOOKAHEAD = 64
@@ -31,7 +32,8 @@ class IndexConfig:
     """Which images a job works on."""
 
     lake: str
-    """Folder, bucket or file: images, tars and parquet files, in any mixture. A path or an s3://, gs:// … URL."""
+    """Folder, bucket or file: images, tars and parquet files, in any mixture; or a .txt with a URI a line. A path or an
+    s3://, gs:// … URL."""
     annotations: str | None = None
     """COCO instances.json with the ground truth of the images."""
     include: tuple[str, ...] = ()
@@ -79,7 +81,7 @@ def build_index(config: IndexConfig) -> pa.Table:
 
 
 def read_image_bytes(row: Mapping[str, Any]) -> bytes:
-    """Reads the file of one image.
+    """Reads the file of one image; what fails for a moment is tried again (:mod:`tinysam.lake.patience`).
 
     Args:
         row: A row of the index.
@@ -94,8 +96,10 @@ def read_image_bytes(row: Mapping[str, Any]) -> bytes:
     uri, offset, size = row["uri"], row["offset"], row["size"]
     try:
         if kind_of(uri) == "parquet":
-            return read_parquet_image(uri, offset)
-        return read_bytes(uri, offset, size) if kind_of(uri) == "tar" else read_bytes(uri)
+            return patiently(lambda: read_parquet_image(uri, offset))
+        if kind_of(uri) == "tar":
+            return patiently(lambda: read_bytes(uri, offset, size))
+        return patiently(lambda: read_bytes(uri))
     except MissingError as error:
         raise ImageError("missing", f"{redact_url(uri)} is gone since the lake was indexed") from error
     except ShortReadError as error:

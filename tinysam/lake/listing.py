@@ -1,6 +1,7 @@
 """What lies in a lake: its images, tars and parquet files, in the order of their ids, a folder at a time.
 
-A lake can hold a hundred million files, so nothing here keeps more than one folder's listing in memory.
+A lake can hold a hundred million files, so nothing here keeps more than one folder's listing in memory. (A lake that is
+given as a list of URIs is read whole.)
 """
 
 from __future__ import annotations
@@ -13,13 +14,23 @@ from typing import Any, Literal
 
 import fsspec
 
-from tinysam.lake.filesystem import LakeError, MissingError, explained, open_filesystem, redact_url, url_of
+from tinysam.lake.filesystem import (
+    LakeError,
+    MissingError,
+    explained,
+    join,
+    open_filesystem,
+    read_bytes,
+    redact_url,
+    url_of,
+)
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".j2k", ".ppm", ".pgm", ".avif"
 )  # fmt: skip
+LIST_SUFFIX = ".txt"
 COMPRESSED_TAR_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 
 Kind = Literal["image", "tar", "compressed_tar", "parquet"]
@@ -62,7 +73,8 @@ def list_lake(url: str) -> Iterator[LakeFile]:
     """Lists a lake in an order that, containers expanded in place, is that of the image ids.
 
     Args:
-        url: A folder or bucket, or a single file.
+        url: A folder or bucket, a single file, or a text file (``.txt``) with a URI or path a line. Paths in it are
+            relative to its folder; empty lines and those that begin with ``#`` are skipped.
 
     Yields:
         Images, tars and parquet files; hidden files and folders are left out.
@@ -76,16 +88,56 @@ def list_lake(url: str) -> Iterator[LakeFile]:
         info = fs.info(root)
     if info["type"] == "file":
         name = root.rstrip("/").rsplit("/", 1)[-1]
+        if name.lower().endswith(LIST_SUFFIX):
+            yield from _read_list(url)
+            return
         kind = kind_of(name)
         if kind is None:
             raise LakeError(
                 f"{redact_url(url)} is neither a folder nor an image, tar or parquet file. Lakes are: a folder or "
-                "bucket of images, tars (uncompressed) and parquet files with an image column."
+                "bucket of images, tars (uncompressed) and parquet files with an image column; or a .txt with a URI a "
+                "line."
             )
         sidecar = _lone_sidecar(fs, url, root) if kind == "image" else None
         yield LakeFile(name=name, url=url_of(url, root), size=_size(info), kind=kind, sidecar=sidecar)
         return
     yield from _list_folder(fs, url, root, "")
+
+
+def _read_list(url: str) -> Iterator[LakeFile]:
+    """The files that a list names; ids are their URIs without scheme, and sizes are not known."""
+    try:
+        lines = read_bytes(url).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise LakeError(f"{redact_url(url)} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    folder = url.rpartition("/")[0] or "."
+    found: dict[str, LakeFile] = {}
+    for number, line in enumerate(lines, start=1):
+        uri = line.strip()
+        if not uri or uri.startswith("#"):
+            continue
+        if redact_url(uri) != uri:
+            raise LakeError(
+                f"{redact_url(url)}, line {number}: {redact_url(uri)} holds a password or signature, which would end "
+                "up in every output. Give plain URIs, and credentials in the environment."
+            )
+        where = uri if "://" in uri or uri.startswith("/") else join(folder, uri)
+        name = safe_name(uri.split("://", 1)[-1])
+        kind = kind_of(name) or "image"
+        if found.setdefault(name, LakeFile(name=name, url=where, size=-1, kind=kind)).url != where:
+            raise LakeError(f"{redact_url(url)}, line {number}: {uri} and {found[name].url} would have the same id.")
+    yield from (found[name] for name in sorted(found, key=lambda name: _sort_key(name, found[name].kind)))
+
+
+def _sort_key(name: str, kind: Kind) -> str:
+    """Where the ids of what is inside will sort: "a.tar/x.jpg", "a.parquet#7"."""
+    return name + {"tar": "/", "parquet": "#"}.get(kind, "")
+
+
+def safe_name(name: str) -> str:
+    """Drops what could lead out of a folder ("/", "..") or is not UTF-8: ids become file names elsewhere."""
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
 
 
 def _list_folder(fs: fsspec.AbstractFileSystem, url: str, root: str, prefix: str) -> Iterator[LakeFile]:
@@ -106,8 +158,7 @@ def _list_folder(fs: fsspec.AbstractFileSystem, url: str, root: str, prefix: str
         elif entry_type != "file":
             continue
         elif kind is not None:
-            # The key by which the ids of what is inside will sort: "a.tar/x.jpg", "a.parquet#7".
-            listed[name + {"tar": "/", "parquet": "#"}.get(kind, "")] = (name, kind, entry)
+            listed[_sort_key(name, kind)] = (name, kind, entry)
         elif name.lower().endswith(".json"):
             sidecars[name.rsplit(".", 1)[0]] = url_of(url, entry["name"])
     del entries

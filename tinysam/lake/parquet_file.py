@@ -32,7 +32,7 @@ def open_parquet(
         stack.enter_context(explained(url))
         source = pa.BufferReader(read_bytes(url)) if whole else stack.enter_context(fs.open(path, "rb"))
         try:
-            yield pq.ParquetFile(source)
+            yield pq.ParquetFile(source, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
             if not _is_damage(error):
                 raise

@@ -1,7 +1,8 @@
 """Shards: parquet files of a few dozen rows, each one object, written whole or not at all.
 
 Row groups of 8 rows, zstd 1, no dictionaries, and no statistics on the blobs: measured as the fastest both ways, and
-read by pyarrow, pandas, DuckDB, Polars and Hugging Face datasets alike.
+read by pyarrow, pandas, DuckDB, Polars and Hugging Face datasets alike. Each page carries parquet's own checksum, which
+``tinysam verify`` checks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,15 @@ SHARDS_FOLDER = "shards"
 """Folder of an output that holds its shards: ``<output>/shards/<shard_id>.parquet``."""
 
 ROW_GROUP_SIZE = 8
+COUNTS_KEY = "counts"
+"""Key of a shard's metadata: JSON of its images by status, so that a resumed run can count without reading rows."""
+
+FINGERPRINT_KEY = "fingerprint"
+"""Key of a shard's metadata: the fingerprint of the run that made it, as in ``run.json``."""
+
+SCHEMA_VERSION_KEY = "schema_version"
+"""Key of a shard's metadata: ``schema.SCHEMA_VERSION`` when it was made."""
+
 _SUFFIX = ".parquet"
 _REMEDY = "Delete it and run the job again: it makes what is missing."
 _STATISTICS = ("image_id", "uri", "status")  # what queries filter by
@@ -56,9 +66,15 @@ def serialize(rows: pa.Table, metadata: Mapping[str, str]) -> bytes:
         compression="zstd",
         compression_level=1,
         use_dictionary=False,
+        write_page_checksum=True,
         write_statistics=[name for name in table.column_names if name in _STATISTICS],
     )
     return sink.getvalue().to_pybytes()
+
+
+def shard_url(output_url: str, shard_id: str) -> str:
+    """Where the shard of an output lies: ``<output_url>/shards/<shard_id>.parquet``."""
+    return join(output_url, SHARDS_FOLDER, shard_id + _SUFFIX)
 
 
 def read_shard(url: str, columns: Sequence[str] | None = None) -> pa.Table:

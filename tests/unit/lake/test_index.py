@@ -478,3 +478,48 @@ class TestCoco:
         (tmp_path / "1.png").write_bytes(png(1))
         with pytest.raises(MissingError, match=r"none\.json does not exist"):
             build_index(IndexConfig(lake=str(tmp_path), annotations=str(tmp_path / "none.json")))
+
+
+class TestLists:
+    def test_a_list_names_images_tars_and_parquet_files_anywhere(
+        self, storage: str, png: Png, tar: Tar, tmp_path: Path
+    ) -> None:
+        write_once(join(storage, "a", "1.png"), png(1))
+        write_once(join(storage, "a", "2.tar"), tar({"x.png": png(2)}))
+        write_once(join(storage, "b", "3.parquet"), parquet([png(3)]))
+        write_once(join(storage, "b", "without suffix"), png(4))
+        write_once(join(storage, "b", "not named.png"), png(5))
+        uris = [join(storage, name) for name in ("b/without suffix", "b/3.parquet", "a/2.tar", "a/1.png", "a/1.png")]
+        lines = ["# my images", "", f"  {uris[0]}  ", *uris[1:]]
+        write_once(join(str(tmp_path), "list.txt"), "\n".join(lines).encode())
+        rows = build_index(IndexConfig(lake=str(tmp_path / "list.txt"))).to_pylist()
+        root = storage.split("://", 1)[-1].lstrip("/")
+        names = ["a/1.png", "a/2.tar/x.png", "b/3.parquet#0", "b/without suffix"]
+        assert [row["image_id"] for row in rows] == [f"{root}/{name}" for name in names]
+        assert [value(row) for row in rows] == [1, 2, 3, 4]
+        (row,) = build_index(
+            IndexConfig(lake=str(tmp_path / "list.txt"), include=("*/b/*",), exclude=("*3*",))
+        ).to_pylist()
+        assert value(row) == 4
+
+    def test_paths_are_relative_to_the_list(self, storage: str, png: Png) -> None:
+        write_once(join(storage, "images", "1.png"), png(1))
+        write_once(join(storage, "list.TXT"), b"\xef\xbb\xbfimages/1.png\r\n")
+        (row,) = build_index(IndexConfig(lake=join(storage, "list.TXT"))).to_pylist()
+        assert (row["image_id"], value(row)) == ("images/1.png", 1)
+
+    @pytest.mark.parametrize("uri", ["https://host/a.png?X-Amz-Signature=verysecret", "s3://me:verysecret@b/a.png"])
+    def test_secrets_in_a_list_are_refused_and_not_repeated(self, uri: str, storage: str) -> None:
+        write_once(join(storage, "list.txt"), uri.encode())
+        with pytest.raises(LakeError, match="line 1") as error:
+            build_index(IndexConfig(lake=join(storage, "list.txt")))
+        assert "verysecret" not in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [(b"s3://a/1.png\ngs://a/1.png", "same id"), (b"\xff\xfe1", "UTF-8"), (b"# nothing\n", "holds no images")],
+    )
+    def test_lists_that_make_no_sense_are_explained(self, content: bytes, message: str, storage: str) -> None:
+        write_once(join(storage, "list.txt"), content)
+        with pytest.raises(LakeError, match=message):
+            build_index(IndexConfig(lake=join(storage, "list.txt")))

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 
 from tinysam.lake import schema
 from tinysam.lake.filesystem import LakeError, join, write_once
-from tinysam.lake.plan import plan_shards, read_index, todo, write_index
+from tinysam.lake.plan import (
+    IndexReader,
+    content_hash,
+    extend_plan,
+    plan_shards,
+    planned_shards,
+    read_index,
+    read_plan,
+    todo,
+    write_index,
+)
 from tinysam.lake.shards import SHARDS_FOLDER, write_shard
 
 
@@ -94,3 +104,51 @@ def test_a_damaged_index_is_explained(storage: str) -> None:
     write_once(join(storage, "index.parquet"), b"PAR1 rubbish PAR1")
     with pytest.raises(LakeError, match=r"index\.parquet is not a whole parquet file"):
         read_index(storage)
+
+
+@settings(deadline=None)
+@given(names=NAMES, images_per_shard=st.integers(1, 12))
+def test_a_plan_is_found_again_in_its_index(names: list[str], images_per_shard: int) -> None:
+    plan = plan_shards(make_index(sorted(names)), images_per_shard=images_per_shard)
+    rows = [shard.rows for shard in plan]
+    index = pa.concat_tables(rows) if rows else schema.INDEX.empty_table()
+    assert planned_shards(index) == plan
+    assert [shard.shard_id[-8:] for shard in plan] == [content_hash(shard.rows) for shard in plan]
+
+
+@pytest.mark.parametrize("shard_ids", [[None, "a"], ["a", "b", "a"]])
+def test_an_index_that_no_plan_wrote_is_refused(shard_ids: list[str | None], storage: str) -> None:
+    index = make_index([str(number) for number in range(len(shard_ids))])
+    column = schema.INDEX.get_field_index("shard_id")
+    index = index.set_column(column, schema.INDEX.field(column), pa.array(shard_ids, pa.string()))
+    with pytest.raises(ValueError, match="order of their shards"):
+        planned_shards(index)
+
+
+@settings(deadline=None)
+@given(names=NAMES, gained=NAMES, images_per_shard=st.integers(1, 5))
+def test_images_that_a_lake_has_gained_become_shards_behind_those_there(
+    names: list[str], gained: list[str], images_per_shard: int
+) -> None:
+    plan = plan_shards(make_index(sorted(names)), images_per_shard=images_per_shard)
+    # Half of the images are gone from the lake, which changes nothing.
+    lake = make_index(sorted({*names[::2], *gained}))
+    extended = extend_plan(plan, lake, images_per_shard=images_per_shard)
+    assert extended[: len(plan)] == plan
+    planned = [name for shard in extended for name in shard.rows["image_id"].to_pylist()]
+    assert planned == sorted(names) + sorted(set(gained) - set(names))
+    assert len({shard.shard_id for shard in extended}) == len(extended)
+    assert extend_plan(extended, lake, images_per_shard=images_per_shard) == extended
+
+
+@pytest.mark.parametrize("rows", [1, 8192, 8193, 20_000])
+def test_parts_of_an_index_are_read_as_they_are_in_the_whole(rows: int, storage: str) -> None:
+    plan = plan_shards(make_index([f"{number:05d}" for number in range(rows)]), images_per_shard=100)
+    write_index(storage, plan)
+    assert read_plan(storage) == plan
+    whole, reader = read_index(storage), IndexReader(storage)
+    places = [(0, 1), (rows - 1, 1), (max(rows - 100, 0), min(rows, 100)), (0, rows), (rows // 2, 1)]
+    for start, num_rows in places:
+        assert reader.read(start, num_rows).equals(whole.slice(start, num_rows))
+    with pytest.raises(LakeError, match="fewer rows than planned"):
+        reader.read(rows - 1, 2)
