@@ -1,4 +1,4 @@
-"""The ``tinysam`` command: one image, public weights, reports. The jobs over whole lakes lie in ``pipelines/``.
+"""The ``tinysam`` command: one image, weights, the outputs of jobs. The jobs over whole lakes lie in ``pipelines/``.
 
 Exit codes: 0 done; 1 failed, with the reason on stderr; 2 wrong command line; 130 interrupted.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 DEFAULT_MODEL = "demo_student"
+EXPORT_FORMATS = ("coco", "cvat", "label-studio", "sa1b", "yolo", "png")
 
 _EXAMPLES = """\
 examples:
@@ -19,6 +20,8 @@ examples:
   tinysam segment photo.jpg --box 40,60,300,280         the object in a box
   tinysam everything photo.jpg --out overlay.png        every object
   tinysam weights tinysam                               download a public checkpoint
+  tinysam verify runs/labels                            is every image there, once and whole?
+  tinysam export runs/labels --format coco --to coco    the masks for other tools
   tinysam report runs/labels                            a page about a label job's output
 """
 
@@ -122,6 +125,34 @@ def build_parser() -> argparse.ArgumentParser:
     weights.add_argument(
         "--folder", type=Path, metavar="DIR", help="where to (default: $TINYSAM_HOME or ~/.cache/tinysam)"
     )
+
+    verify = commands.add_parser(
+        "verify",
+        help="check a job's output",
+        description="Checks that every image of a job is in its output exactly once, as it was written. Exits with 1 "
+        "if it is not.",
+    )
+    verify.add_argument("output", metavar="OUTPUT", help="output folder of a job over a lake (path or URL)")
+    verify.add_argument(
+        "--repair", action="store_true", help="delete what is broken, so that the job's next run makes it again"
+    )
+
+    export = commands.add_parser(
+        "export",
+        help="a label job's masks for other tools",
+        description="Writes the masks of a label job in the format of another tool. Images that failed are left out.",
+    )
+    export.add_argument(
+        "labels", metavar="LABEL_OUTPUT", help="output folder of pipelines/label_images.py (path or URL)"
+    )
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=EXPORT_FORMATS,
+        help="coco: instances.json; cvat: COCO as CVAT imports it; label-studio: tasks.json; sa1b: JSON an image; "
+        "yolo: polygons an image; png: 16-bit label map an image",
+    )
+    export.add_argument("--to", required=True, metavar="FOLDER", help="where to (path or URL)")
 
     report = commands.add_parser(
         "report",

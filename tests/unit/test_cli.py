@@ -41,7 +41,7 @@ def test_help_is_there_before_anything_heavy_is_imported() -> None:
         assert heavy not in modules
 
 
-@pytest.mark.parametrize("command", [[], ["segment"], ["everything"], ["weights"], ["report"]])
+@pytest.mark.parametrize("command", [[], ["segment"], ["everything"], ["weights"], ["verify"], ["export"], ["report"]])
 def test_help_names_what_there_is(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command, "--help"])
