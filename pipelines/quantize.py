@@ -28,13 +28,12 @@ from segment_anything.modeling import Sam
 
 from pipelines.common.cli import EXIT_OK, EXIT_TOO_MANY_ERRORS, JobError, console, error_console, parse_config, run_main
 from pipelines.common.models import weights_sha256
-from pipelines.common.output import delete
 from pipelines.common.progress import JobProgress
 from pipelines.common.summary import human_bytes
 from pipelines.common.timing import StageClock
 from tinysam import load
 from tinysam.lake import schema
-from tinysam.lake.filesystem import join, write_once
+from tinysam.lake.filesystem import join, remove, write_once
 from tinysam.lake.fingerprint import fingerprint
 from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.index import IndexConfig, build_index, read_image_bytes
@@ -200,7 +199,7 @@ def quantize(config: QuantizeConfig, sam: Sam, draw: Draw, sha256: str, clock: S
                 held_out,
                 config.quantization,
                 num_threads=config.engine.num_threads,
-                on_image=lambda: progress.advance(1, 0),
+                on_image=lambda: progress.advance(1),
                 on_layer=on_layer,
             )
         with clock.stage("write"):
@@ -215,7 +214,7 @@ def quantize(config: QuantizeConfig, sam: Sam, draw: Draw, sha256: str, clock: S
         with clock.stage("load"):
             quantized = load_quantized(config.output, config.engine)
         with clock.stage("measure"):
-            report = measure(sam, quantized, encoder, held_out, on_image=lambda: progress.advance(1, 0))
+            report = measure(sam, quantized, encoder, held_out, on_image=lambda: progress.advance(1))
     result = Result(
         bytes_float_model=sum(value.numel() * value.element_size() for value in sam.state_dict().values()),
         bytes_int8_model=sum(sizes.values()),
@@ -284,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         draw = read_images(config, rows)
     if config.overwrite:
         for name in (RUN_FILE, CONFIG_FILE):  # from here on, the folder is no finished model
-            delete(join(config.output, name))
+            remove(join(config.output, name))
     try:
         result = quantize(config, sam, draw, sha256, clock)
     except (QuantizationError, EngineError, FloatingPointError) as error:

@@ -1,7 +1,8 @@
 """Command lines from dataclasses, and errors that tell a person what to do.
 
 Exit codes of every job: 0 done; 1 stopped by an error that is explained on stderr; 2 wrong command line or
-configuration; 3 finished, but more images failed than ``--max-error-rate`` allows; 130 interrupted.
+configuration; 3 finished, but more images failed than ``--max-error-rate`` allows; 130 interrupted; 143 ended in good
+order after SIGTERM.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tyro
 import yaml
 from rich.console import Console
 
+from pipelines.common.stopping import TerminatedError
 from tinysam.lake.filesystem import LakeError
 from tinysam.lake.fingerprint import to_plain
 from tinysam.lake.run_record import redact
@@ -24,7 +26,7 @@ from tinysam.modeling.checkpoint import CheckpointError
 
 T = TypeVar("T")
 
-EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_TOO_MANY_ERRORS, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_TOO_MANY_ERRORS, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 3, 130, 143
 
 # Log lines and progress go to stderr, so that stdout holds the summary alone.
 console = Console()
@@ -123,6 +125,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         error_console.print("interrupted; run the same command again to go on from here")
         code = EXIT_INTERRUPTED
+    except TerminatedError:
+        error_console.print("stopped by SIGTERM; run the same command again to go on from here")
+        code = EXIT_TERMINATED
     except (JobError, LakeError, CheckpointError) as error:
         print_error(str(error))
         code = EXIT_ERROR

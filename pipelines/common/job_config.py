@@ -13,7 +13,8 @@ class ShardJobConfig:
     """Which images, where to, and with how many workers."""
 
     lake: str
-    """The images: a folder (walked), a tar, a parquet file with an image column or one image; a path or a URL."""
+    """The images: a folder (walked), a tar, a parquet file with an image column, one image, or a .txt with a URI a line;
+    a path or a URL."""
     output: str
     """Folder or URL of the results. Running the same command again goes on from what is there."""
     annotations: str | None = None
@@ -44,8 +45,16 @@ class ShardJobConfig:
     files, and one in twenty failing points to a wrong path or a bug. The results are written in any case."""
     overwrite: bool = False
     """Delete the results that the output holds first, even another run's."""
+    update: bool = False
+    """List the lake again and process the images that it has gained, as new shards; those that exist stay as they are.
+    Images are known by their ids. Without this flag a run keeps to the index that it began with."""
+    retry_failed: bool = False
+    """Process the images again whose status is not ok, and keep the rows of the others."""
     dry_run: bool = False
-    """Only say what there is to do: images, shards, bytes, and what is done already. Starts and writes nothing."""
+    """Only say what there is to do: images, shards, bytes, what is done already, and an estimate of the time. Starts no
+    Ray and writes nothing."""
+    dry_run_images: int = 4
+    """Images that --dry-run processes on this machine for its estimate; 0: none, and no estimate."""
 
     def __post_init__(self) -> None:
         if self.images_per_shard < 1:
@@ -58,6 +67,12 @@ class ShardJobConfig:
             raise ValueError("--num-cpus-per-worker must be at least 1")
         if self.num_gpus_per_worker is not None and self.num_gpus_per_worker < 0:
             raise ValueError("--num-gpus-per-worker must not be negative")
+        if self.dry_run_images < 0:
+            raise ValueError("--dry-run-images must not be negative")
+        if self.update and self.limit is not None:
+            raise ValueError("--update takes in all images, which --limit leaves out; give one of them")
+        if self.overwrite and (self.update or self.retry_failed):
+            raise ValueError("--overwrite begins anew, and leaves nothing for --update or --retry-failed")
         if not 0 <= self.max_error_rate <= 1:
             raise ValueError("--max-error-rate must be between 0 and 1")
 

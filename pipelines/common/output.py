@@ -10,14 +10,13 @@ from dataclasses import asdict
 
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.result import JobResult
-from pipelines.common.shard_worker import COUNTS_KEY
-from tinysam.lake.filesystem import exists, explained, join, list_files, open_filesystem
+from tinysam.lake.filesystem import exists, join, list_files, remove
 from tinysam.lake.index import build_index
-from tinysam.lake.plan import INDEX_FILE, Shard, plan_shards, read_index, todo, write_index
+from tinysam.lake.plan import INDEX_FILE, Shard, extend_plan, read_plan, todo, write_index
 from tinysam.lake.run_record import RUN_FILE, RunRecord, check_same_run
-from tinysam.lake.shards import SHARDS_FOLDER, read_shard_metadata
+from tinysam.lake.shards import COUNTS_KEY, SHARDS_FOLDER, read_shard_metadata, shard_url
 
-METADATA_THREADS = 16
+METADATA_THREADS = 32
 """Footers of finished shards read at a time; each is one small request."""
 
 
@@ -27,21 +26,27 @@ class JobOutput:
     def __init__(self, job: str, config: ShardJobConfig, fingerprint: str) -> None:
         self._job, self._config, self._fingerprint = job, config, fingerprint
         self._index_url = join(config.output, INDEX_FILE)
+        self._index_changed = False
 
     def plan(self) -> list[Shard]:
         """The shards of this run: from the index of an earlier run that this one continues, else from the lake.
 
+        With ``--update``, images that the lake has gained since are shards at its end.
+
         Raises:
             LakeError: if the output holds another run and is not to be overwritten, or a listing fails.
         """
-        index = None
+        plan: list[Shard] = []
         if not self._config.overwrite:
             check_same_run(self._config.output, self._fingerprint)
             if exists(self._index_url):
-                index = read_index(self._config.output)
-        if index is None:
-            index = build_index(self._config.index_config())
-        return plan_shards(index, images_per_shard=self._config.images_per_shard)
+                plan = read_plan(self._config.output)
+        if plan and not self._config.update:
+            return plan
+        lake = build_index(self._config.index_config())
+        extended = extend_plan(plan, lake, images_per_shard=self._config.images_per_shard)
+        self._index_changed = len(extended) > len(plan)
+        return extended
 
     def todo(self, plan: Sequence[Shard]) -> list[Shard]:
         """The shards that the output lacks."""
@@ -53,7 +58,7 @@ class JobOutput:
             self._delete_results()
         if todo:
             self._write_record(JobResult(shards=len(plan), shards_before=len(plan) - len(todo)))
-        if not exists(self._index_url):
+        if self._index_changed:
             write_index(self._config.output, plan)
 
     def end(self, result: JobResult) -> None:
@@ -61,21 +66,18 @@ class JobOutput:
         if result.images or result.failures:
             self._write_record(result)
 
-    def counts(self, done: Sequence[Shard]) -> Counter[str]:
-        """Images by status in finished shards, from their footers."""
+    def counts(self, done: Sequence[Shard]) -> list[Counter[str]]:
+        """Images by status in each of some finished shards, from their footers."""
+        urls = [shard_url(self._config.output, shard.shard_id) for shard in done]
         with ThreadPoolExecutor(METADATA_THREADS) as pool:
-            footers = pool.map(lambda shard: read_shard_metadata(self._shard_url(shard)), done)
-            return sum((Counter(json.loads(footer[COUNTS_KEY])) for footer in footers), Counter())
-
-    def _shard_url(self, shard: Shard) -> str:
-        return join(self._config.output, SHARDS_FOLDER, f"{shard.shard_id}.parquet")
+            return [Counter(json.loads(footer[COUNTS_KEY])) for footer in pool.map(read_shard_metadata, urls)]
 
     def _delete_results(self) -> None:
         folder = self._config.output
         # run.json goes last: a deletion that is cut short still says whose results these are.
         urls = list_files(join(folder, SHARDS_FOLDER), "*.parquet")
         for url in [*urls, self._index_url, join(folder, RUN_FILE)]:
-            delete(url)
+            remove(url)
 
     def _write_record(self, result: JobResult) -> None:
         RunRecord(
@@ -97,15 +99,3 @@ class JobOutput:
                 "device": result.device,
             },
         ).write(self._config.output)
-
-
-def delete(url: str) -> None:
-    """Deletes a file if it is there.
-
-    Raises:
-        LakeError: if the storage refuses.
-    """
-    if exists(url):
-        fs, path = open_filesystem(url)
-        with explained(url, writing=True):
-            fs.rm_file(path)

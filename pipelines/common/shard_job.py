@@ -16,20 +16,24 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
-from pipelines.common.attempts import start_attempts
 from pipelines.common.cli import JobError, error_console
+from pipelines.common.estimate import measure
 from pipelines.common.job_config import ShardJobConfig
+from pipelines.common.ledger import start_ledger
+from pipelines.common.metrics import JobMetrics
 from pipelines.common.output import JobOutput
 from pipelines.common.progress import JobProgress
 from pipelines.common.ray_setup import start_ray
 from pipelines.common.resources import WorkerResources, plan_workers
 from pipelines.common.result import JobResult
-from pipelines.common.shard_worker import SHARD_COLUMN, Placement, ShardActor, ShardWorker, pack_rows
-from pipelines.common.summary import print_dry_run, print_summary
+from pipelines.common.shard_worker import Placement, ShardActor, ShardWorker, WorkOrder
+from pipelines.common.stopping import TerminatedError, stopping_on_sigterm
+from pipelines.common.summary import print_dry_run, print_estimate, print_summary
 from tinysam.lake import schema
 from tinysam.lake.fingerprint import fingerprint
 from tinysam.lake.plan import Shard
@@ -65,18 +69,25 @@ class ShardJob:
         Raises:
             JobError: if shards failed for reasons that no image is to blame for.
             LakeError: if the lake cannot be listed or is empty, or the output cannot be written or holds another run.
+            TerminatedError: after SIGTERM, when what was done by then is recorded.
         """
         output = JobOutput(self.name, self.config, self.fingerprint())
         plan = output.plan()
         todo = output.todo(plan)
+        left = {shard.shard_id for shard in todo}
+        done = [shard for shard in plan if shard.shard_id not in left]
+        counts = [] if self.config.dry_run and not self.config.retry_failed else output.counts(done)
+        if self.config.retry_failed:
+            failed = [shard for shard, count in zip(done, counts, strict=True) if set(count) - {schema.OK}]
+            counts = [count for count in counts if not set(count) - {schema.OK}]
+            todo = sorted([*todo, *failed], key=lambda shard: shard.start)
         if self.config.dry_run:
-            print_dry_run(self.name, self.config, plan, todo)
+            self._dry_run(plan, todo)
             return 0
 
         output.begin(plan, todo)
         result = JobResult(shards=len(plan), shards_before=len(plan) - len(todo))
-        left = {shard.shard_id for shard in todo}
-        result.counts += output.counts([shard for shard in plan if shard.shard_id not in left])
+        result.counts += sum(counts, Counter())
         if todo:
             start_ray(self.config.ray_address)
         start = time.monotonic()
@@ -110,45 +121,72 @@ class ShardJob:
             }
         )
 
+    def _dry_run(self, plan: Sequence[Shard], todo: Sequence[Shard]) -> None:
+        print_dry_run(self.name, self.config, plan, todo)
+        if todo and self.config.dry_run_images:
+            print_estimate(measure(self.make_worker, self.config, todo))
+
     def _run_shards(self, todo: Sequence[Shard], result: JobResult) -> None:
+        """Computes shards and fills in ``result``.
+
+        Raises:
+            TerminatedError: after SIGTERM, when the shards in hand are written or the time for them is up.
+        """
         resources = plan_workers(self.config, len(todo))
         result.num_workers, result.device = resources.num_workers, resources.placement.device
-        shards = {shard.shard_id: shard for shard in todo}
-        images = sum(shard.rows.num_rows for shard in todo)
-        with (
-            JobProgress(self.name, images, error_console) as progress,
-            closing(self._stream(todo, resources)) as results,
-        ):
-            for row in results:
-                shard = shards[row["shard_id"]]
-                if row["failure"] is not None:
-                    result.failures[shard.shard_id] = row["failure"]
-                    if result.images == 0 or len(result.failures) >= MAX_FAILED_SHARDS:
-                        return
-                    continue
-                counts = Counter(json.loads(row["counts"]))
-                result.counts += counts
-                result.images += shard.rows.num_rows
-                result.bytes_read += row["bytes_read"]
-                result.time_split.update(json.loads(row["time_split"]))
-                progress.advance(shard.rows.num_rows, shard.rows.num_rows - counts[schema.OK])
+        metrics = JobMetrics(self.name)
+        ledger = start_ledger()
+        stopped: set[str] = set()
+        try:
+            with (
+                JobProgress(self.name, sum(shard.num_rows for shard in todo), error_console) as progress,
+                stopping_on_sigterm(lambda: ray.get(ledger.stop.remote())),
+                closing(self._stream(todo, resources, ledger)) as results,
+            ):
+                for row in results:
+                    if row["stopped"]:
+                        stopped.add(row["worker"])
+                        if len(stopped) == resources.num_workers:
+                            raise TerminatedError
+                    elif row["failure"] is not None:
+                        metrics.shard_failed()
+                        result.failures[row["shard_id"]] = row["failure"]
+                        if result.images == 0 or len(result.failures) >= MAX_FAILED_SHARDS:
+                            return
+                    else:
+                        counts = Counter(json.loads(row["counts"]))
+                        result.counts += counts
+                        result.images += row["images"]
+                        result.bytes_read += row["bytes_read"]
+                        result.time_split.update(json.loads(row["time_split"]))
+                        metrics.shard_done(counts, row["bytes_read"], row["seconds"])
+                        progress.advance(counts.total(), counts)
+            if stopped:
+                raise TerminatedError
+        finally:
+            ray.kill(ledger)  # a driver may run several jobs
 
-    def _stream(self, todo: Sequence[Shard], resources: WorkerResources) -> Generator[dict[str, Any]]:
+    def _stream(
+        self, todo: Sequence[Shard], resources: WorkerResources, ledger: ray.actor.ActorHandle
+    ) -> Generator[dict[str, Any]]:
         """Result rows (``shard_worker.RESULT``) in the order in which shards finish."""
         context = DataContext.get_current()
         context.target_max_block_size = None  # one shard, one block, one task
         context.enable_progress_bars = False
         context.execution_options.preserve_order = False
         context.execution_no_progress_timeout_s = STALL_SECONDS
-        attempts = start_attempts()
+        order = WorkOrder(
+            output=self.config.output, fingerprint=self.fingerprint(), retry_failed=self.config.retry_failed
+        )
         # from_arrow would start a task for each shard's metadata; from_items only puts its bytes into the object store.
-        items = [{SHARD_COLUMN: pack_rows(shard.rows)} for shard in todo]
+        # The workers read the rows themselves: those of millions of images would fill the driver and the store.
+        items = [{"shard_id": shard.shard_id, "start": shard.start, "num_rows": shard.num_rows} for shard in todo]
         results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
             ShardActor,
             batch_size=None,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=resources.num_workers, max_tasks_in_flight_per_actor=1),
-            fn_constructor_args=(self.make_worker, resources.placement, self.config.output, attempts),
+            fn_constructor_args=(self.make_worker, resources.placement, order, ledger),
             num_cpus=resources.placement.num_cpus,
             num_gpus=resources.num_gpus,
         )
@@ -159,8 +197,6 @@ class ShardJob:
             lines = str(error).strip().splitlines()
             reason = lines[0] if len(lines) < 2 else f"{lines[0]} … {lines[-1]}"
             raise JobError(f"Ray stopped the job; the same command goes on from here. {reason}") from error
-        finally:
-            ray.kill(attempts)  # a driver may run several jobs
 
 
 def _explain_failures(result: JobResult) -> str:

@@ -12,29 +12,41 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
-from pipelines.common.attempts import MAX_ATTEMPTS
+from pipelines.common.isolation import process_one_by_one
+from pipelines.common.ledger import MAX_ATTEMPTS, Attempt
 from pipelines.common.timing import StageClock
 from tinysam.lake import schema
-from tinysam.lake.filesystem import join
-from tinysam.lake.shards import SHARDS_FOLDER, write_shard
+from tinysam.lake.filesystem import LakeError, MissingError, join, redact_url
+from tinysam.lake.patience import patiently
+from tinysam.lake.plan import IndexReader
+from tinysam.lake.shards import (
+    COUNTS_KEY,
+    FINGERPRINT_KEY,
+    SCHEMA_VERSION_KEY,
+    SHARDS_FOLDER,
+    ShardError,
+    read_shard,
+    shard_url,
+    write_shard,
+)
 
 logger = logging.getLogger(__name__)
-
-COUNTS_KEY = "counts"
-"""Key of a shard's metadata: JSON of its images by status, so that a resumed run can count without reading rows."""
-
-SHARD_COLUMN = "rows"
-"""What goes from the driver to a worker: one column, one value, the packed index rows of a shard."""
 
 RESULT = pa.schema(
     [
         pa.field("shard_id", pa.string()),
-        pa.field("bytes_read", pa.int64()),
+        pa.field("worker", pa.string()),  # which worker says this
+        pa.field("stopped", pa.bool_()),  # the job is ending, and the shard was not begun; nothing below is there
         pa.field("failure", pa.string()),  # why the shard was not written; null where it was, and the rest is there
-        pa.field("counts", pa.string()),  # JSON, images by status
+        pa.field("images", pa.int64()),  # processed now; less than the shard's where only failed ones were
+        pa.field("bytes_read", pa.int64()),
+        pa.field("seconds", pa.float64()),
+        pa.field("counts", pa.string()),  # JSON, images of the whole shard by status
         pa.field("time_split", pa.string()),  # JSON, seconds by stage
     ]
 )
@@ -73,55 +85,63 @@ class ShardWorker(ABC):
     def process(self, rows: pa.Table) -> pa.Table:
         """Turns the index rows of a shard (``tinysam.lake.schema.INDEX``) into its results, in the same order.
 
-        An image that cannot be processed is a row with a status; an exception fails the whole shard and is for causes
-        that no image is to blame for.
+        An image that cannot be processed is a row with a status. After an exception the images are processed one by
+        one (:mod:`pipelines.common.isolation`), so that only those at fault are lost; a ``LakeError`` is the storage's
+        fault and fails the shard.
         """
 
 
-def pack_rows(rows: pa.Table) -> bytes:
-    """A shard's index rows as one value, so that one item of Ray Data is one shard."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, rows.schema) as writer:
-        writer.write_table(rows)
-    return sink.getvalue().to_pybytes()
+@dataclass(frozen=True, kw_only=True)
+class WorkOrder:
+    """What every worker of a run is told beside its shards."""
+
+    output: str
+    """Folder or URL; the workers read ``index.parquet`` there and write to ``shards/``."""
+    fingerprint: str
+    """Of the run; every shard's metadata repeats it."""
+    retry_failed: bool
+    """Whether shards that exist are to be written again, with new rows for the images that failed."""
 
 
 class ShardActor:
-    """The callable that Ray Data keeps alive in each worker: a packed shard in, a ``RESULT`` row out."""
+    """The callable that Ray Data keeps alive in each worker: the place of a shard in, a ``RESULT`` row out."""
 
     def __init__(
         self,
         make_worker: Callable[[Placement], ShardWorker],
         placement: Placement,
-        output: str,
-        attempts: ray.actor.ActorHandle,
+        order: WorkOrder,
+        ledger: ray.actor.ActorHandle,
     ) -> None:
-        self._make_worker, self._placement, self._output, self._attempts = make_worker, placement, output, attempts
+        self._make_worker, self._placement, self._order, self._ledger = make_worker, placement, order, ledger
+        self._index = IndexReader(order.output)
         self._worker: ShardWorker | None = None
+        self._name = ray.get_runtime_context().get_actor_id()
 
     def __call__(self, item: pa.Table) -> pa.Table:
-        rows = pa.ipc.open_stream(item[SHARD_COLUMN][0].as_buffer()).read_all()
-        shard_id = rows["shard_id"][0].as_py()
-        result: dict[str, Any] = {
-            "shard_id": shard_id,
-            "bytes_read": sum(size for size in rows["size"].to_pylist() if size > 0),
-        }
+        [place] = item.to_pylist()
+        shard_id = place["shard_id"]
+        result: dict[str, Any] = {"shard_id": shard_id, "worker": self._name, "stopped": False}
+        start = time.perf_counter()
         try:
-            if ray.get(self._attempts.begin.remote(shard_id)) > MAX_ATTEMPTS:
+            attempt = ray.get(self._ledger.begin.remote(shard_id))
+            if attempt is None:
+                result["stopped"] = True
+            elif attempt.number > MAX_ATTEMPTS:
                 result["failure"] = (
-                    f"its worker died {MAX_ATTEMPTS} times: out of memory (fewer workers, a smaller --batch-size or "
-                    "more --num-cpus-per-worker leave more for each), or an image that crashes the decoder"
+                    f"its worker died {MAX_ATTEMPTS} times before it came to an image: the model needs more memory "
+                    "than there is (fewer workers or more --num-cpus-per-worker leave more for each)"
                 )
             else:
-                counts, split = self._run(shard_id, rows)
-                result |= {"counts": json.dumps(counts), "time_split": json.dumps(split)}
+                rows = patiently(lambda: self._index.read(place["start"], place["num_rows"]))
+                result |= self._run(shard_id, rows, attempt)
         except Exception as error:
             # The boundary of the worker: the driver reports the failure, and the other shards go on.
             logger.exception("shard %s failed", shard_id)
             result["failure"] = f"{type(error).__name__}: {error}"
-        return pa.Table.from_pylist([result], schema=RESULT)
+        return pa.Table.from_pylist([result | {"seconds": time.perf_counter() - start}], schema=RESULT)
 
-    def _run(self, shard_id: str, rows: pa.Table) -> tuple[dict[str, int], dict[str, float]]:
+    def _run(self, shard_id: str, rows: pa.Table, attempt: Attempt) -> dict[str, Any]:
         start = time.perf_counter()
         loading = {}
         if self._worker is None:
@@ -130,21 +150,71 @@ class ShardActor:
             loading = {"load": time.perf_counter() - start}
             self._fix_threads()
         worker = self._worker
-        table = worker.process(rows)
+        earlier = self._earlier(shard_id, rows) if self._order.retry_failed else None
+        if earlier is not None:
+            rows = rows.filter(pc.not_equal(earlier["status"], schema.OK))
+        table = self._process(worker, shard_id, rows, attempt)
         if not table.schema.equals(worker.schema) or table.num_rows != rows.num_rows:
             raise TypeError(f"{type(worker).__name__}.process must return one row of its schema for each image")
+        if earlier is not None:
+            table = _replace_failed(earlier, table)
         counts = dict(sorted(Counter(table["status"].to_pylist()).items()))
         metadata = {
-            "schema_version": str(schema.SCHEMA_VERSION),
+            SCHEMA_VERSION_KEY: str(schema.SCHEMA_VERSION),
+            FINGERPRINT_KEY: self._order.fingerprint,
             COUNTS_KEY: json.dumps(counts),
             **worker.metadata(),
         }
         with worker.clock.stage("write"):
-            write_shard(join(self._output, SHARDS_FOLDER), shard_id, table, metadata)
-        return counts, loading | worker.clock.take()
+            patiently(lambda: write_shard(join(self._order.output, SHARDS_FOLDER), shard_id, table, metadata))
+        return {
+            "images": rows.num_rows,
+            "bytes_read": sum(size for size in rows["size"].to_pylist() if size > 0),
+            "counts": json.dumps(counts),
+            "time_split": json.dumps(loading | worker.clock.take()),
+        }
+
+    def _earlier(self, shard_id: str, rows: pa.Table) -> pa.Table | None:
+        """The shard as an earlier run wrote it; None where none did."""
+        url = shard_url(self._order.output, shard_id)
+        try:
+            earlier = patiently(lambda: read_shard(url))
+        except MissingError:
+            return None
+        if earlier["image_id"].to_pylist() != rows["image_id"].to_pylist():
+            raise ShardError(f"{redact_url(url)} does not hold the images of its plan. Run `tinysam verify --repair`.")
+        return earlier
+
+    def _process(self, worker: ShardWorker, shard_id: str, rows: pa.Table, attempt: Attempt) -> pa.Table:
+        """All images together, or one by one where some image makes that fail."""
+        if rows.num_rows == 0:
+            return worker.schema.empty_table()
+        if not attempt.one_by_one:
+            try:
+                return worker.process(rows)
+            except LakeError:
+                raise
+            except Exception:
+                logger.exception("shard %s failed as a whole; now its images one by one", shard_id)
+        table = process_one_by_one(
+            worker.process,
+            rows,
+            schema=worker.schema,
+            given_up=attempt.given_up,
+            begin_image=lambda image_id: ray.get(self._ledger.begin_image.remote(shard_id, image_id)),
+        )
+        ray.get(self._ledger.end_images.remote(shard_id))
+        return table
 
     def _fix_threads(self) -> None:
         # Sums depend on how many threads share them, and Ray's own choice depends on the machine. A job without a
         # model need not load torch for it.
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(self._placement.num_cpus)
+
+
+def _replace_failed(earlier: pa.Table, fresh: pa.Table) -> pa.Table:
+    """``earlier`` with ``fresh`` in the place of the rows whose status is not ok, in their order."""
+    kept = pc.equal(earlier["status"], schema.OK).to_numpy()
+    order = np.where(kept, np.arange(earlier.num_rows), earlier.num_rows + np.cumsum(~kept) - 1)
+    return pa.concat_tables([earlier.cast(fresh.schema), fresh]).take(pa.array(order))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pyarrow.compute as pc
 from rich.table import Table
 
 from pipelines.common.cli import console
+from pipelines.common.estimate import Estimate
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.result import JobResult
 from tinysam.lake.plan import Shard
@@ -27,10 +29,23 @@ def print_dry_run(name: str, config: ShardJobConfig, plan: Sequence[Shard], todo
     left = {shard.shard_id for shard in todo}
     done = [shard for shard in plan if shard.shard_id not in left]
     for label, shards in (("to do", todo), ("done", done), ("all", plan)):
-        sizes = [size for shard in shards for size in shard.rows["size"].to_pylist()]
-        known = [size for size in sizes if size >= 0]
-        size = human_bytes(sum(known)) if len(known) == len(sizes) else f"at least {human_bytes(sum(known))}"
-        table.add_row(label, str(len(sizes)), str(len(shards)), size)
+        sizes = [shard.index["size"].slice(shard.start, shard.num_rows) for shard in shards]
+        known = sum(pc.sum(pc.max_element_wise(column, 0)).as_py() for column in sizes)
+        unknown = any(pc.min(column).as_py() < 0 for column in sizes)
+        size = f"at least {human_bytes(known)}" if unknown else human_bytes(known)
+        table.add_row(label, str(sum(shard.num_rows for shard in shards)), str(len(shards)), size)
+    console.print(table)
+
+
+def print_estimate(estimate: Estimate) -> None:
+    """Says how long a run would take, as measured on a sample."""
+    images, seconds = estimate.images, estimate.seconds
+    table = Table(show_header=False, title=f"estimate from {estimate.sample} images on this machine")
+    table.add_row("one image", f"{estimate.seconds_per_image:.3f} s on one worker ({estimate.device})")
+    table.add_row("all to do", f"{images} images, {seconds / 3600:.2f} h with --num-workers {estimate.num_workers}")
+    table.add_row("paid for", f"{estimate.worker_hours:.2f} worker-hours, {estimate.gpu_hours:.2f} GPU-hours")
+    table.add_row("loading", f"{estimate.load_seconds:.1f} s a worker, once")
+    table.add_row("output", f"about {human_bytes(estimate.bytes_out)}")
     console.print(table)
 
 

@@ -26,13 +26,13 @@ def test_without_a_terminal_lines_come_in_intervals_even_while_nothing_finishes(
         deadline = time.monotonic() + 10
         while "0/10 images" not in text.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)
-        progress.advance(4, 1)
+        progress.advance(4, {"ok": 3, "truncated": 1})
         while "4/10 images" not in text.getvalue() and time.monotonic() < deadline:
             time.sleep(0.01)
     lines = text.getvalue().splitlines()
     assert lines[0] == "label_images: 0/10 images, 0.00 images/s, 0 errors, time left unknown"
     assert "4/10 images" in lines[-1]
-    assert "1 errors" in lines[-1]
+    assert "1 errors (1 truncated)" in lines[-1]
     assert lines[-1].endswith("left")
     assert not [thread for thread in threading.enumerate() if thread.name == "progress"]
 
@@ -40,9 +40,9 @@ def test_without_a_terminal_lines_come_in_intervals_even_while_nothing_finishes(
 def test_on_a_terminal_a_bar_counts_images_and_errors() -> None:
     text = io.StringIO()
     with JobProgress("label_images", 10, Console(file=text, force_terminal=True, width=200)) as progress:
-        progress.advance(10, 2)
+        progress.advance(10, {"ok": 7, "empty": 1, "truncated": 2})
     assert "10/10" in text.getvalue()
-    assert "2 errors" in text.getvalue()
+    assert "3 errors (2 truncated, 1 empty)" in text.getvalue()
 
 
 def test_the_clock_adds_up_stages_over_threads() -> None:
@@ -109,6 +109,10 @@ def test_workers_fill_the_cluster(
         {"num_cpus_per_worker": 0},
         {"num_gpus_per_worker": -1.0},
         {"max_error_rate": 1.5},
+        {"dry_run_images": -1},
+        {"update": True, "limit": 5},
+        {"overwrite": True, "update": True},
+        {"overwrite": True, "retry_failed": True},
     ],
 )
 def test_flags_out_of_range_are_refused_by_name(changes: dict[str, Any]) -> None:

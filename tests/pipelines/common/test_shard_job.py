@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -23,9 +25,12 @@ from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.ray_setup import start_ray
 from pipelines.common.shard_job import ShardJob
 from pipelines.common.shard_worker import Placement, ShardWorker
+from pipelines.common.stopping import TerminatedError
 from tinysam.lake import schema
 from tinysam.lake.filesystem import LakeError, join, list_files
 from tinysam.lake.run_record import read_run_record
+from tinysam.lake.shards import read_shard
+from tinysam.verify import verify
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -54,8 +59,12 @@ class EchoWorker(ShardWorker):
         names = rows["image_id"].to_pylist()
         if any("fail" in name for name in names):
             raise RuntimeError("this shard cannot be done")
+        if any("huge" in name for name in names):
+            np.empty(1 << 60, np.uint8)
         if any("kill" in name for name in names):
             os.kill(os.getpid(), signal.SIGKILL)
+        if any("slow" in name for name in names):
+            time.sleep(1)
         done = [{"image_id": name, "uri": "", "status": "ok"} for name in names]
         return pa.Table.from_pylist(done, schema=self.schema)
 
@@ -68,7 +77,8 @@ def _workers_need_no_tests_on_their_path() -> None:
 
 
 def echo_job(lake: Path, output: str, **options: Any) -> ShardJob:
-    config = ShardJobConfig(lake=str(lake), output=output, images_per_shard=1, num_workers=1, **options)
+    options = {"images_per_shard": 1, "num_workers": 1} | options
+    config = ShardJobConfig(lake=str(lake), output=output, **options)
     return ShardJob(name="echo", config=config, make_worker=EchoWorker, identity={})
 
 
@@ -107,16 +117,53 @@ def test_when_nothing_works_the_job_stops_at_the_first_failure(tmp_path: Path) -
         echo_job(lake, str(tmp_path / "output")).run()
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("ray_address")
-def test_an_image_that_kills_its_worker_fails_only_its_shard(
+def test_an_image_that_kills_or_fails_its_worker_costs_no_other(
     tmp_path: Path, read_output: Callable[[str], pa.Table]
 ) -> None:
-    lake = name_images(tmp_path / "lake", "a", "b-kill", "c")
+    lake = name_images(tmp_path / "lake", "a", "b-kill", "c", "d", "e-fail", "f", "g-huge", "h", "i")
     output = str(tmp_path / "output")
-    with pytest.raises(JobError, match="its worker died 5 times"):
-        echo_job(lake, output).run()
-    assert read_output(output)["image_id"].to_pylist() == ["a.jpg", "c.jpg"]
+    assert echo_job(lake, output, images_per_shard=3, max_error_rate=1.0).run() == 0
+    rows = {row["image_id"]: row for row in read_output(output).to_pylist()}
+    statuses = {name.removesuffix(".jpg"): row["status"] for name, row in rows.items()}
+    bad = {"b-kill": "crashed", "e-fail": "failed", "g-huge": "out_of_memory"}
+    assert statuses == dict.fromkeys("acdfhi", "ok") | bad
+    assert "died 2 times" in rows["b-kill.jpg"]["error"]
+    assert rows["e-fail.jpg"]["error"] == "RuntimeError: this shard cannot be done"
+    record = read_run_record(output)
+    assert record is not None
+    assert record.counts == {"ok": 6, "crashed": 1, "failed": 1, "out_of_memory": 1}
+    assert record.extra["finished"]
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_only_failed_images_are_retried(tmp_path: Path, make_lake: Callable[[Path, int], Path], s3: Any) -> None:
+    lake = make_lake(tmp_path / "lake", 6)
+    good = (lake / "001.jpg").read_bytes()
+    (lake / "001.jpg").write_bytes(good[: len(good) // 2])
+    (lake / "005.jpg").write_bytes(b"")
+    output = str(tmp_path / "output")
+    args = teacher_args(lake, output, "--max-error-rate", "1")
+    assert cache_teacher.main(args) == 0
+    before = {url: read_shard(url) for url in list_files(join(output, "shards"))}
+    times = snapshot(tmp_path / "output" / "shards")
+
+    (lake / "001.jpg").write_bytes(good)
+    (lake / "000.jpg").unlink()  # would be an error now, if it were looked at again
+    assert cache_teacher.main([*args, "--retry-failed"]) == 0
+    after = {url: read_shard(url) for url in list_files(join(output, "shards"))}
+    rows = [row for url in sorted(after) for row in after[url].to_pylist()]
+    assert [row["status"] for row in rows] == ["ok"] * 5 + ["empty"]
+    assert rows[1]["image"] is not None
+    first, second, _ = sorted(after)
+    assert after[first].slice(0, 1).equals(before[first].slice(0, 1))
+    assert after[second].equals(before[second])
+    name = Path(second).name
+    assert snapshot(tmp_path / "output" / "shards")[name] == times[name], "a shard without errors was written again"
+    record = read_run_record(output)
+    assert record is not None
+    assert (record.counts, record.extra["images_this_run"]) == ({"ok": 5, "empty": 1}, 2)
+    assert verify(output).ok
 
 
 def test_a_killed_driver_run_again_loses_and_doubles_no_row(
@@ -224,18 +271,57 @@ def test_overwrite_replaces_another_run(
     assert record.counts == {"ok": 3}
 
 
-def test_a_lake_that_has_grown_does_not_change_the_plan_of_a_run(
-    finished: Callable[[Path], list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_lake_that_has_grown_is_taken_in_when_asked_and_old_shards_stay(
+    finished: Callable[[Path], list[str]],
+    tmp_path: Path,
+    read_output: Callable[[str], pa.Table],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = finished(tmp_path)
     lake = Path(args[args.index("--lake") + 1])
     newcomer = lake / "000-new.jpg"
     newcomer.write_bytes((lake / "000.jpg").read_bytes())
+    output = tmp_path / "output"
+    before = snapshot(output / "shards")
     try:
         assert cache_teacher.main(args) == 0
         assert "4 in 2 shards" in capsys.readouterr().out
+        assert cache_teacher.main([*args, "--update"]) == 0
+        assert "5 in 3 shards" in capsys.readouterr().out
+        after = snapshot(output / "shards")
+        assert {name: after[name] for name in before} == before, "old shards were written again"
+        assert read_output(str(output))["image_id"].to_pylist()[-1] == "000-new.jpg"
+        assert verify(str(output)).ok
+        assert cache_teacher.main([*args, "--update"]) == 0
+        assert cache_teacher.main(args) == 0
+        assert snapshot(output / "shards") == after
     finally:
         newcomer.unlink()
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_sigterm_lets_what_is_in_hand_be_finished_and_the_same_command_goes_on(
+    tmp_path: Path, read_output: Callable[[str], pa.Table]
+) -> None:
+    names = [f"{number:02d}-slow" for number in range(12)]
+    lake = name_images(tmp_path / "lake", *names)
+    output = str(tmp_path / "output")
+
+    def terminate_after_first_shard() -> None:
+        while not list_files(join(output, "shards")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate_after_first_shard, daemon=True).start()
+    with pytest.raises(TerminatedError):
+        echo_job(lake, output).run()
+    done = len(list_files(join(output, "shards")))
+    assert 0 < done < 12
+    record = read_run_record(output)
+    assert record is not None
+    assert (record.counts, record.extra["finished"]) == ({"ok": done}, False)
+    assert echo_job(lake, output).run() == 0
+    assert [name.removesuffix(".jpg") for name in read_output(output)["image_id"].to_pylist()] == names
 
 
 @pytest.mark.parametrize(
