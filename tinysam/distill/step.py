@@ -134,8 +134,9 @@ class DistillationLoss(nn.Module):
             focal, dice = losses.focal_loss(logits, truth), losses.dice_loss(logits, truth)
             combined = (config.focal * focal + config.dice * dice)[:, 1:].detach()
             best = combined.argmin(1, keepdim=True) + 1
-            terms["focal"] = mean(focal[:, SINGLE_MASK] + focal.gather(1, best)[:, 0])
-            terms["dice"] = mean(dice[:, SINGLE_MASK] + dice.gather(1, best)[:, 0])
+            for name, values in (("focal", focal), ("dice", dice)):
+                if getattr(config, name) > 0:
+                    terms[name] = mean(values[:, SINGLE_MASK] + values.gather(1, best)[:, 0])
         if config.iou > 0:
             terms["iou"] = mean((decoded.predicted_iou.float() - actual_iou).abs().mean(1))
         if taught is not None and config.token > 0:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,38 @@ def test_iou_counts_pixels_above_the_thresholds() -> None:
     torch.testing.assert_close(iou, torch.tensor([[0.0, 4 / 12], [0.0, 0.0], [0.0, 0.0]]))
 
 
-def test_negative_weights_are_refused() -> None:
-    with pytest.raises(ValueError, match="dice"):
-        LossConfig(dice=-1)
+def test_distances_are_absolute_or_squared() -> None:
+    student, teacher = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 4, 4)
+    everywhere = torch.ones(2, 4, 4, dtype=torch.bool)
+    torch.testing.assert_close(
+        losses.embedding_loss(student, teacher, everywhere, "mse"), (student - teacher).square().mean()
+    )
+    tokens = losses.token_loss(student.flatten(2), teacher.flatten(2), "mse")
+    torch.testing.assert_close(tokens, (student - teacher).square().mean((1, 2, 3)))
+    torch.testing.assert_close(
+        losses.token_loss(student.flatten(2), teacher.flatten(2)), (student - teacher).abs().mean((1, 2, 3))
+    )
+
+
+def test_soft_masks_of_the_teacher_are_best_met_by_its_own_logits() -> None:
+    config = LossConfig(output_kind="focal_dice", focal=0.0, dice=1.0)
+    teacher = torch.where(torch.rand(3, 4, 8, 8) > 0.5, 9.0, -9.0)
+    perfect, opposite = losses.output_loss(teacher, teacher, config), losses.output_loss(-teacher, teacher, config)
+    assert perfect.shape == (3,)
+    assert (perfect < 0.02).all()
+    assert (opposite > 0.9).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"dice": -1}, "dice"),
+        ({"dice": math.nan}, "dice"),
+        (dict.fromkeys(losses.TERMS, 0.0), "every loss"),
+        ({"focal": 0, "dice": 0, "output_kind": "focal_dice"}, "focal_dice"),
+        ({"logit_clip": 0}, "logit_clip"),
+    ],
+)
+def test_weights_that_mean_nothing_are_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        LossConfig(**options)

@@ -14,6 +14,7 @@ from tinysam.distill.prompts import (
     TOP_LEFT,
     PromptConfig,
     Prompts,
+    draw_refinements,
     embed_prompts,
     first_prompts,
     jitter_boxes,
@@ -103,6 +104,28 @@ def test_sam_clicks_any_error_with_the_label_it_needs() -> None:
     rows = (points[:, 1] / 4).long()
     assert set(rows.tolist()) == {0, 2}
     assert torch.equal(labels, torch.where(rows == 0, FOREGROUND, BACKGROUND))
+
+
+def test_nothing_to_correct_gives_a_blank_and_an_empty_target_a_background_click() -> None:
+    target = torch.zeros(2, 4, 4, dtype=torch.bool)
+    predicted = target.clone()
+    predicted[1, 2, 3] = True
+    for policy in ("tinysam", "sam"):
+        points, labels = next_points(target, predicted, policy, seeded())
+        assert labels.tolist() == [NO_POINT, BACKGROUND]
+        assert (points[1] / 4).long().tolist() == [3, 2]
+
+
+def test_refinements_are_uniform_in_number_and_repeat_under_a_seed() -> None:
+    config, generator = PromptConfig(mask_prompt_probability=0.25), seeded()
+    drawn = [draw_refinements(config, generator) for _ in range(2000)]
+    counts = torch.bincount(torch.tensor([len(rounds) for rounds in drawn]), minlength=10)
+    assert len(counts) == 10  # 0 to 9, as in the paper
+    assert (counts / 2000 - 0.1).abs().max() < 0.03
+    with_mask = [feeds for rounds in drawn for feeds in rounds]
+    assert sum(with_mask) / len(with_mask) == pytest.approx(0.25, abs=0.02)
+    assert draw_refinements(config, seeded(5)) == draw_refinements(config, seeded(5))
+    assert draw_refinements(PromptConfig(max_rounds=0), seeded()) == []
 
 
 def test_embeddings_of_mixed_prompts_equal_sams_own(tiny_sam: Sam) -> None:

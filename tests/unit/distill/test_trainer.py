@@ -2,21 +2,30 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from segment_anything.modeling import Sam
 
 from tinysam.distill.cache import Cache, open_cache
+from tinysam.distill.difficulty import MiningConfig
+from tinysam.distill.groups import epoch_order
 from tinysam.distill.losses import LossConfig
 from tinysam.distill.optimizer import OptimizerConfig, learning_rate, moving_average
 from tinysam.distill.prompts import PromptConfig
 from tinysam.distill.samples import SampleConfig
-from tinysam.distill.trainer import Trainer, TrainerConfig
+from tinysam.distill.trainer import NonFiniteLossError, Trainer, TrainerConfig
+from tinysam.distill.validation import validation_batches
+from tinysam.lake.shards import read_shard
+from tinysam.modeling.checkpoint import load, read_metadata
 
 CONFIG = TrainerConfig(
     epochs=2, batch_size=2, group_shards=1, precision="fp32", loader_processes=0, log_every_s=0, checkpoint_every_s=0
@@ -57,11 +66,13 @@ def test_training_brings_the_student_to_the_teacher(
     assert lines[-1]["step"] == lines[-1]["total_steps"]
 
 
+@pytest.mark.parametrize("strength", [0.0, 3.0])
 def test_a_killed_run_ends_where_an_undisturbed_one_does(
-    make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path
+    make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path, strength: float
 ) -> None:
     cache = open_cache([make_cache("c", embeddings=False)])
-    undisturbed = make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / "a")
+    mining = MiningConfig(strength=strength)
+    undisturbed = make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / "a", mining=mining)
     undisturbed.run()
 
     class KilledError(Exception):
@@ -72,23 +83,103 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(
             raise KilledError
 
     with pytest.raises(KilledError):
-        make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / "b", on_checkpoint=kill).run()
-    resumed = make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / "b")
+        make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / "b", on_checkpoint=kill, mining=mining).run()
+    resumed = make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / "b", mining=mining)
     resumed.run()
     torch.testing.assert_close(weights(resumed.student), weights(undisturbed.student))
     torch.testing.assert_close(weights(resumed.averaged_student), weights(undisturbed.averaged_student))
 
 
-def test_a_nan_stops_training_before_a_checkpoint_is_overwritten(
+def test_a_nan_everywhere_blames_the_training_and_not_an_image(
     make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path
 ) -> None:
     broken = copy.deepcopy(tiny_sam)
     with torch.no_grad():
         next(broken.mask_decoder.parameters()).fill_(float("nan"))
     trainer = make_trainer(broken, open_cache([make_cache("c", embeddings=False)]), tmp_path / "checkpoints")
-    with pytest.raises(FloatingPointError, match="step 0"):
+    with pytest.raises(NonFiniteLossError, match=r"step 0, on .*learning-rate"):
         trainer.run()
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_nan_in_the_cache_names_shard_and_image_and_overwrites_nothing(
+    make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path
+) -> None:
+    folder = make_cache("c")
+    cache = open_cache([folder])
+    broken = cache.shards[epoch_order(3, CONFIG.seed, 0)[1]].url  # so that a checkpoint is there already
+    table = read_shard(broken)
+    embeddings = table["embedding"].to_pylist()
+    embeddings[2] = np.full(32 * 8 * 8, np.nan, np.float16).tobytes()
+    changed = table.set_column(table.schema.get_field_index("embedding"), "embedding", pa.array(embeddings))
+    pq.write_table(changed, broken)
+    teacher, checkpoints = copy.deepcopy(tiny_sam), tmp_path / "checkpoints"
+    trainer = make_trainer(copy.deepcopy(tiny_sam), cache, checkpoints, teacher=teacher)
+    with pytest.raises(NonFiniteLossError) as stopped:
+        trainer.run()
+    image = table["image_id"][2].as_py()
+    assert f"on {broken}#{image}. 1 of 2 images" in str(stopped.value)
+    assert all(value.isfinite().all() for value in trainer.student.state_dict().values())
+    assert json.loads((checkpoints / "latest.json").read_bytes())["shards_done"] == 1
+
+
+def test_gradients_of_several_batches_are_averaged_into_a_step(
+    make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path
+) -> None:
+    cache = open_cache([make_cache("c", shards=1, images=7, embeddings=False)])
+    seen: dict[int, list[torch.Tensor]] = {}
+    for batches in (1, 2):
+        student = copy.deepcopy(tiny_sam)
+        trainer = make_trainer(
+            student,
+            cache,
+            tmp_path / str(batches),
+            config=replace(CONFIG, epochs=1, accumulate_batches=batches),
+            optimizer=OptimizerConfig(learning_rate=1e-12, final_learning_rate=0.0, clip_norm=1e9),
+        )
+        weight, grads = student.mask_decoder.mask_tokens.weight, seen.setdefault(batches, [])
+        trainer._optimizer.register_step_pre_hook(lambda *_, w=weight, g=grads: g.append(w.grad.clone()))
+        trainer.run()
+    assert [len(seen[batches]) for batches in (1, 2)] == [4, 2]
+    for number, grad in enumerate(seen[2]):
+        torch.testing.assert_close(grad, (seen[1][2 * number] + seen[1][2 * number + 1]) / 2, rtol=1e-3, atol=1e-5)
+
+
+def test_the_weights_that_did_best_in_validation_are_kept(
+    make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.2, 0.5, 0.4, 0.3, 0.1, 0.1, 0.1])
+    monkeypatch.setattr("tinysam.distill.trainer.validate", lambda *_: {"box": (score := next(scores)), "click": score})
+    cache = open_cache([make_cache("c", embeddings=False)])
+    batch = validation_batches([make_cache("v", shards=1)], images=1, image_size=128)
+    make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / "k", validation=batch).run()
+    best = str(tmp_path / "k" / "best.safetensors")
+    assert read_metadata(best)["val_box"] == "0.5"
+    assert load(best).config == tiny_sam.config
+    assert json.loads((tmp_path / "k" / "latest.json").read_bytes())["best_score"] == 0.5
+
+
+def test_the_rate_goes_on_from_the_same_place_with_another_number_of_workers(
+    make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path
+) -> None:
+    cache = open_cache([make_cache("c", shards=4, embeddings=False)])
+
+    class KilledError(Exception):
+        pass
+
+    def kill(line: dict[str, float]) -> None:
+        if line["step"] >= 8:  # of 16 with batches of two: four shards of five rows, twice
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / "k", on_checkpoint=kill).run()
+    lines: list[dict[str, float]] = []
+    config = replace(CONFIG, batch_size=4)  # one worker with twice the batch makes the steps of two workers
+    make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / "k", config=config, on_log=lines.append).run()
+    rates = OptimizerConfig(warmup_steps=2, learning_rate=1e-3)
+    assert lines[0]["step"] == 9
+    assert lines[-1]["step"] == lines[-1]["total_steps"] == 8 + 4
+    assert lines[0]["learning_rate"] == pytest.approx(learning_rate(4, 8, rates))
 
 
 def test_only_the_last_checkpoints_are_kept(make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path) -> None:

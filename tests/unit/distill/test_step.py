@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from segment_anything.modeling import Sam
+
+from tinysam.distill import step
+from tinysam.distill.cache import open_cache
+from tinysam.distill.groups import Group
+from tinysam.distill.loading import Reading, load_batches
+from tinysam.distill.losses import TERMS, LossConfig
+from tinysam.distill.memory import recompute_blocks
+from tinysam.distill.prompts import PromptConfig
+from tinysam.distill.samples import Sample, SampleConfig
+from tinysam.distill.step import DistillationLoss
+
+PLAIN = torch.autocast("cpu", enabled=False)
+REFINEMENTS = [False, True]
+
+
+@pytest.fixture
+def batch(make_cache: Callable[..., str]) -> Sample:
+    """Two crops with three masks each."""
+    cache = open_cache([make_cache("c", shards=1)])
+    reading = Reading(
+        groups=[Group(offset=0, shards=(0,), steps=1)], samples=SampleConfig(crop_size=64), prompts=3, batch_size=2
+    )
+    return next(load_batches(cache, reading, processes=0))
+
+
+def forward(
+    student: Sam,
+    teacher: Sam | None,
+    batch: Sample,
+    losses: LossConfig | None = None,
+    *,
+    refinements: Sequence[bool] = REFINEMENTS,
+    **options: Any,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+    module = DistillationLoss(student.train(), teacher, losses or LossConfig(), PromptConfig(per_image=3), **options)
+    return module(batch, refinements, torch.Generator().manual_seed(0), PLAIN)
+
+
+def gradients(sam: Sam) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in sam.named_parameters() if p.grad is not None}
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(tiny_sam: Sam, batch: Sample) -> None:
+    config = LossConfig(embedding=2.0, token=0.5, output=0.25, focal=3.0, dice=1.5, iou=0.1)
+    loss, terms, _ = forward(copy.deepcopy(tiny_sam), copy.deepcopy(tiny_sam), batch, config)
+    assert set(terms) == set(TERMS)
+    expected = sum(getattr(config, name) * value for name, value in terms.items())
+    torch.testing.assert_close(loss.detach(), expected)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_of_weight_zero_is_not_computed(tiny_sam: Sam, batch: Sample, term: str) -> None:
+    _, terms, _ = forward(copy.deepcopy(tiny_sam), copy.deepcopy(tiny_sam), batch, LossConfig(**{term: 0.0}))
+    assert set(terms) == set(TERMS) - {term}
+
+
+def test_the_teacher_decodes_only_where_something_compares_with_its_masks(
+    tiny_sam: Sam, batch: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, asked = copy.deepcopy(tiny_sam), []
+
+    def counted(sam: Sam, *arguments: Any) -> Any:
+        asked.append(sam is teacher)
+        return decode(sam, *arguments)
+
+    decode = step.decode
+    monkeypatch.setattr(step, "decode", counted)
+    forward(copy.deepcopy(tiny_sam), teacher, batch, LossConfig(token=0, output=0))
+    assert asked == [False] * 3
+    asked.clear()
+    forward(copy.deepcopy(tiny_sam), teacher, batch, LossConfig(token=0))
+    assert asked == [True, False] * 3
+
+
+@pytest.mark.parametrize("options", [{"distance": "mse"}, {"output_kind": "focal_dice"}, {"hard_mask_weight": False}])
+def test_alternatives_give_other_losses_that_can_be_trained_on(
+    tiny_sam: Sam, batch: Sample, options: dict[str, Any]
+) -> None:
+    teacher = copy.deepcopy(tiny_sam)
+    with torch.no_grad():
+        for value in teacher.mask_decoder.parameters():
+            value.mul_(1.1)
+    student = copy.deepcopy(tiny_sam)
+    usual, _, _ = forward(copy.deepcopy(tiny_sam), teacher, batch)
+    loss, _, _ = forward(student, teacher, batch, LossConfig(**options))
+    assert loss.item() != pytest.approx(usual.item())
+    loss.backward()
+    assert all(value.isfinite().all() for value in gradients(student).values())
+
+
+def test_recomputed_rounds_give_the_same_gradients(tiny_sam: Sam, batch: Sample) -> None:
+    kept, recomputed = copy.deepcopy(tiny_sam), copy.deepcopy(tiny_sam)
+    for student, recompute in ((kept, False), (recomputed, True)):
+        forward(student, copy.deepcopy(tiny_sam), batch, recompute_rounds=recompute)[0].backward()
+    expected, found = gradients(kept), gradients(recomputed)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+def saved_bytes(run: Callable[[], object]) -> int:
+    """What the forward pass keeps for the backward pass."""
+    total = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return total
+
+
+def test_recomputed_rounds_keep_less_for_the_backward_pass(tiny_sam: Sam, batch: Sample) -> None:
+    student, teacher = copy.deepcopy(tiny_sam), copy.deepcopy(tiny_sam)
+
+    def of_a_round(recompute: bool) -> float:
+        one, four = (
+            saved_bytes(partial(forward, student, teacher, batch, refinements=rounds, recompute_rounds=recompute))
+            for rounds in ([], [False] * 3)
+        )
+        return (four - one) / 3
+
+    assert of_a_round(True) < of_a_round(False) / 20
+
+
+def test_recomputed_blocks_change_nothing_but_memory(tiny_sam: Sam) -> None:
+    kept, recomputed = (copy.deepcopy(tiny_sam.image_encoder).train() for _ in range(2))
+    recompute_blocks(recomputed)
+    images = torch.randn(2, 3, 64, 64)
+    used = []
+    for encoder in (kept, recomputed):
+        used.append(saved_bytes(partial(encoder, images)))
+        encoder.load_state_dict(tiny_sam.image_encoder.state_dict())
+        encoder(images).square().mean().backward()
+    assert used[1] < used[0] / 2
+    assert kept.state_dict().keys() == recomputed.state_dict().keys()
+    for (name, value), other in zip(kept.state_dict().items(), recomputed.state_dict().values(), strict=True):
+        torch.testing.assert_close(other, value, msg=name)  # BatchNorm's running statistics among them
+    for (name, value), other in zip(kept.named_parameters(), recomputed.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, value.grad, msg=name)
+
+
+def test_an_image_is_as_hard_as_the_teacher_is_better(tiny_sam: Sam, batch: Sample) -> None:
+    batch.weight[1] = 0
+    _, _, as_good = forward(copy.deepcopy(tiny_sam), None, batch)
+    assert 0 <= as_good[0] <= 1  # without a teacher: by how much the student misses perfection
+    assert as_good[1].isnan()  # nothing on it to be wrong about
+    student = copy.deepcopy(tiny_sam).eval()
+    module = DistillationLoss(student, copy.deepcopy(tiny_sam), LossConfig(), PromptConfig())
+    with torch.no_grad():
+        embedding = student.image_encoder(step.preprocess(student, batch.image, batch.content_size))
+        same = Sample(**{**vars(batch), "embedding": embedding})
+        _, _, difficulty = module(same, [], torch.Generator().manual_seed(0), PLAIN)
+    assert difficulty[0] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_gpu_takes_the_same_step(tiny_sam: Sam, batch: Sample, labelled: bool) -> None:
+    batch = Sample(**{**vars(batch), "labelled": torch.full((2,), labelled)}).pin_memory().to("cuda")
+    student, teacher = copy.deepcopy(tiny_sam).cuda().train(), copy.deepcopy(tiny_sam).cuda()
+    module = DistillationLoss(student, teacher, LossConfig(), PromptConfig(), recompute_rounds=True)
+    generator = torch.Generator("cuda").manual_seed(0)
+    loss, _, _ = module(batch, REFINEMENTS, generator, torch.autocast("cuda", torch.bfloat16))
+    loss.backward()
+    assert all(value.isfinite().all() for value in gradients(student).values())
