@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tinysam.modeling.checkpoint import CheckpointError, load, save_checkpoint
     from tinysam.modeling.registry import SamConfig, TinyViTConfig, ViTConfig, build_sam, sam_model_registry
     from tinysam.predictor import SamPredictor
+    from tinysam.runtime.choice import with_engine
 
 __all__ = [
     "CheckpointError",
@@ -23,6 +24,7 @@ __all__ = [
     "load",
     "sam_model_registry",
     "save_checkpoint",
+    "with_engine",
 ]
 
 # Resolved on first use: `tinysam --help` and the lake layer need not wait seconds for torch.
@@ -38,6 +40,7 @@ _HOME_OF = {
     "ViTConfig": "tinysam.modeling.registry",
     "build_sam": "tinysam.modeling.registry",
     "sam_model_registry": "tinysam.modeling.registry",
+    "with_engine": "tinysam.runtime.choice",
 }
 
 
