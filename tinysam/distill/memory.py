@@ -43,13 +43,16 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 @contextmanager
 def _running_statistics_kept(block: nn.Module) -> Iterator[None]:
     """The second pass sees the same batch; counting it again would hurry BatchNorm's running statistics."""
-    norms = [norm for norm in block.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    counts = [count for norm in norms if (count := norm.num_batches_tracked) is not None]
+    before = [count.clone() for count in counts]
     for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, (momentum, batches) in zip(norms, before, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
+        for count, old in zip(counts, before, strict=True):
+            count.copy_(old)
