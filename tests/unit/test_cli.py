@@ -48,6 +48,7 @@ def test_help_names_what_there_is(command: list[str], capsys: pytest.CaptureFixt
     assert stop.value.code == EXIT_OK
     shown = capsys.readouterr().out
     expected = {"segment": "--point X,Y", "everything": "--points-per-side", "weights": "--from", "report": "--stages"}
+    expected |= {"verify": "--repair", "export": "label-studio"}
     for word in (expected[command[0]],) if command else expected:
         assert word in shown
 

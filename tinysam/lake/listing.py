@@ -123,7 +123,12 @@ def _read_list(url: str) -> Iterator[LakeFile]:
             )
         where = uri if "://" in uri or uri.startswith("/") else join(folder, uri)
         name = safe_name(uri.split("://", 1)[-1])
-        kind = kind_of(name) or "image"
+        kind = kind_of(name) or ("image" if "://" in uri or uri.startswith("/") else None)
+        if kind is None:
+            raise LakeError(
+                f"{redact_url(url)}, line {number}: {uri!r} is neither a URI nor the path of an image, tar or "
+                "parquet file."
+            )
         if found.setdefault(name, LakeFile(name=name, url=where, size=-1, kind=kind)).url != where:
             raise LakeError(f"{redact_url(url)}, line {number}: {uri} and {found[name].url} would have the same id.")
     yield from (found[name] for name in sorted(found, key=lambda name: _sort_key(name, found[name].kind)))

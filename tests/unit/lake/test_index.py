@@ -365,9 +365,9 @@ class TestLakes:
             build_index(IndexConfig(lake=storage))
 
     def test_a_file_that_holds_no_images_is_explained(self, storage: str) -> None:
-        write_once(join(storage, "notes.txt"), b"hello")
+        write_once(join(storage, "notes.md"), b"hello")
         with pytest.raises(LakeError, match="neither a folder nor an image, tar or parquet file"):
-            build_index(IndexConfig(lake=join(storage, "notes.txt")))
+            build_index(IndexConfig(lake=join(storage, "notes.md")))
 
     def test_two_ways_to_one_id_are_refused(
         self, tmp_path: Path, png: Png, tar: Tar, monkeypatch: pytest.MonkeyPatch
@@ -517,7 +517,12 @@ class TestLists:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [(b"s3://a/1.png\ngs://a/1.png", "same id"), (b"\xff\xfe1", "UTF-8"), (b"# nothing\n", "holds no images")],
+        [
+            (b"s3://a/1.png\ngs://a/1.png", "same id"),
+            (b"\xff\xfe1", "UTF-8"),
+            (b"# nothing\n", "holds no images"),
+            (b"hello", "line 1: 'hello' is neither"),
+        ],
     )
     def test_lists_that_make_no_sense_are_explained(self, content: bytes, message: str, storage: str) -> None:
         write_once(join(storage, "list.txt"), content)
