@@ -31,10 +31,17 @@ BUCKET = "tests"
 NEEDS_RAY = "ray_address"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "soak: takes most of an hour; run by `make soak` alone")
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m 'not slow' chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if NEEDS_RAY in getattr(item, "fixturenames", ()):
+        if item.get_closest_marker("soak"):
+            if "soak" not in config.option.markexpr:
+                item.add_marker(pytest.mark.skip(reason="run by `make soak` alone"))
+        elif NEEDS_RAY in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
 
 
