@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Several Ray nodes on this machine, and one job submitted to them as to any other cluster:
 #
-#   cluster/local.sh pipelines/label_images.py --lake images --output masks
+#   cluster/local.sh pipelines/label_images.py --lake "$PWD/images" --output "$PWD/masks"
 #
-# A head without CPUs and NODES workers (2) of CPUS (1) each; GCS_PORT (6399) and DASHBOARD_PORT (8299) are free to
-# choose. All nodes end with the job; the exit code is that of `ray job submit`: 0, or 1 where the job failed.
+# Paths are absolute or URLs, as the job runs in a copy of this folder. There is a head without CPUs and NODES workers
+# (2) of CPUS (1) each; GCS_PORT (6399) and DASHBOARD_PORT (8299) are free to choose. All nodes end with the job; the exit
+# code is that of `ray job submit`: 0, or 1 where the job failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [[ $# -gt 0 ]] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2; }
