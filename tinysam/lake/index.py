@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from tinysam.lake import schema
 from tinysam.lake.coco import CocoFile
@@ -73,8 +74,9 @@ def build_index(config: IndexConfig) -> pa.Table:
             f"{redact_url(config.lake)} holds no images{chosen}. A lake is a folder or bucket of image files, tars "
             "(uncompressed) and parquet files with an image column."
         )
-    index = index.sort_by("image_id")
-    _check_unique(index, config.lake)
+    if not _is_sorted(index):  # a listing is, as a rule, and sorting would need its memory once more
+        index = index.sort_by("image_id")
+        _check_unique(index, config.lake)
     if config.annotations:
         index = CocoFile.read(config.annotations).attach_to(index)
     return index if config.limit is None else index.slice(0, config.limit)
@@ -161,6 +163,12 @@ def _to_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
     while batch := list(itertools.islice(rows, _BATCH_ROWS)):
         batches.append(pa.RecordBatch.from_pylist(batch, schema=schema.INDEX))
     return pa.Table.from_batches(batches, schema=schema.INDEX)
+
+
+def _is_sorted(index: pa.Table) -> bool:
+    """Tells whether the ids are in order, and so all different."""
+    ids = index.column("image_id")
+    return pc.all(pc.less(ids.slice(0, len(ids) - 1), ids.slice(1)), min_count=0).as_py()
 
 
 def _check_unique(index: pa.Table, lake: str) -> None:
