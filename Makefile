@@ -7,7 +7,7 @@ TORCH_FLAG := $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND))
 COMPILE := VIRTUAL_ENV=.venv $(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 	--no-emit-index-url --no-annotate --no-header --quiet
 
-.PHONY: demo test test-all lint bench lock
+.PHONY: demo test test-all soak lint bench lock
 
 demo: .venv/.installed
 	$(BIN)/python pipelines/demo.py
@@ -17,6 +17,9 @@ test: .venv/.installed
 
 test-all: .venv/.installed
 	$(BIN)/python -m pytest -q -m ""
+
+soak: .venv/.installed
+	$(BIN)/python -m pytest -q -m soak tests/pipelines
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
