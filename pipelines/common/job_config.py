@@ -13,8 +13,8 @@ class ShardJobConfig:
     """Which images, where to, and with how many workers."""
 
     lake: str
-    """The images: a folder (walked), a tar, a parquet file with an image column, one image, or a .txt with a URI a line;
-    a path or a URL."""
+    """The images: a folder (walked), a tar, a parquet file with an image column, one image, or a .txt with a URI a
+    line; a path or a URL."""
     output: str
     """Folder or URL of the results. Running the same command again goes on from what is there."""
     annotations: str | None = None
