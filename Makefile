@@ -12,12 +12,8 @@ COMPILE := VIRTUAL_ENV=.venv $(UV) pip compile pyproject.toml --extra dev --univ
 demo: .venv/.installed
 	$(BIN)/python pipelines/demo.py
 
-# In processes of their own: after all folders of tests/unit, the first test that starts a process crashes the
-# interpreter (cause not found yet).
 test: .venv/.installed
-	$(BIN)/python -m pytest -q tests --ignore tests/unit
-	$(BIN)/python -m pytest -q tests/unit --ignore-glob 'tests/unit/test_*.py'
-	$(BIN)/python -m pytest -q tests/unit/test_*.py
+	$(BIN)/python -m pytest -q
 
 test-all: .venv/.installed
 	$(BIN)/python -m pytest -q -m ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ class OpenVinoEngine(Engine):
     name: EngineName = "openvino"
 
     def __init__(self, model: bytes, config: EngineConfig) -> None:
-        core = ov.Core()
+        core = _core()
         has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if config.precision == "bf16" and not has_bf16:
             raise EngineError("OpenVINO has no bf16 on this CPU; use precision auto or fp32")
@@ -55,6 +56,17 @@ class OpenVinoEngine(Engine):
                 kind, precision = _text(info["layerType"]), _text(info["runtimePrecision"])
                 layers.append(ExecutedLayer(name=node.get_friendly_name(), kind=kind, precision=precision))
         return layers
+
+
+@functools.cache
+def _core() -> ov.Core:
+    """The one core of this process.
+
+    A core's CPU plugin gives its thread an alternate signal stack and takes it away when the core ends. Of two cores
+    that end in the order in which they began, the second restores the stack of the first, which is gone: the next
+    signal would crash the process.
+    """
+    return ov.Core()
 
 
 def _text(value: Any) -> str:

@@ -1,5 +1,7 @@
 import copy
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +160,30 @@ def test_onnxruntime_says_what_it_executes(conv_graph: bytes) -> None:
 def test_executed_layers_are_counted_by_kind_and_precision() -> None:
     layers = [ExecutedLayer(name=str(i), kind="Convolution", precision=p) for i, p in enumerate(["u8", "f32", "u8"])]
     assert count_precisions(layers) == {"Convolution": {"f32": 1, "u8": 2}}
+
+
+def test_a_signal_after_engines_ended_in_the_order_of_their_beginning_is_handled(
+    conv_graph: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "graph.onnx").write_bytes(conv_graph)
+    code = """
+import gc, os, signal, sys
+from pathlib import Path
+from tinysam.runtime import EngineConfig, open_engine
+
+graph, config = Path(sys.argv[1]).read_bytes(), EngineConfig(engine="openvino", num_threads=1)
+first, second = open_engine(graph, config), open_engine(graph, config)
+signal.signal(signal.SIGUSR1, lambda number, frame: print("handled"))
+del first
+gc.collect()
+del second
+gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    # In a process of its own, which crashed when each engine had an OpenVINO core to itself.
+    command = [sys.executable, "-c", code, str(tmp_path / "graph.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 def test_auto_falls_back_and_says_so(
