@@ -6,7 +6,7 @@ from pipelines.common.cli import JobError
 from tinysam.lake.filesystem import explained, list_files, open_filesystem
 from tinysam.lake.fingerprint import file_sha256, fingerprint
 from tinysam.lake.run_record import RUN_FILE
-from tinysam.modeling.registry import CONFIGS
+from tinysam.modeling.checkpoint import is_untrained
 from tinysam.weights import SHIPPED, WeightsError, resolve
 
 
@@ -17,7 +17,7 @@ def weights_sha256(path_or_name: str) -> str:
         JobError: for the name of an architecture that ships no weights, or of a public checkpoint not fetched yet.
         LakeError: if there is no such file.
     """
-    if path_or_name in CONFIGS and path_or_name not in SHIPPED:
+    if is_untrained(path_or_name):
         raise JobError(
             f"{path_or_name!r} names an architecture without weights: give the path or URL of a checkpoint, or one of "
             + ", ".join(SHIPPED)

@@ -7,9 +7,8 @@ from dataclasses import replace
 from segment_anything.modeling import Sam
 
 from tinysam.distill.cache import Cache
-from tinysam.modeling.checkpoint import CheckpointError, load
+from tinysam.modeling.checkpoint import CheckpointError, is_untrained, load
 from tinysam.modeling.registry import CONFIGS, build_sam
-from tinysam.weights import SHIPPED
 
 
 def build_student(name: str, cache: Cache, teacher: Sam | None, *, fresh: bool = False) -> Sam:
@@ -45,11 +44,6 @@ def build_student(name: str, cache: Cache, teacher: Sam | None, *, fresh: bool =
             "choose a student of the teacher's width"
         )
     return student
-
-
-def is_untrained(name: str) -> bool:
-    """Whether a name stands for an architecture alone."""
-    return name in CONFIGS and name not in SHIPPED
 
 
 def _decoder_shapes(sam: Sam) -> dict[str, tuple[int, ...]]:

@@ -47,7 +47,7 @@ def load(path_or_name: str) -> Sam:
     Raises:
         CheckpointError: if there is no such file or it is none of these.
     """
-    if path_or_name in CONFIGS and path_or_name not in SHIPPED:
+    if is_untrained(path_or_name):
         raise CheckpointError(
             f"{path_or_name!r} names an architecture without weights. Give the path of a checkpoint, "
             f"or build it with random weights: sam_model_registry[{path_or_name!r}]()"
@@ -67,6 +67,11 @@ def load(path_or_name: str) -> Sam:
     sam = build_sam(config)
     _load_state(sam, state, url)
     return sam
+
+
+def is_untrained(name: str) -> bool:
+    """Whether a name stands for an architecture alone: a model of ``CONFIGS`` whose weights do not come with us."""
+    return name in CONFIGS and name not in SHIPPED
 
 
 def load_weights(sam: Sam, url: str) -> None:
