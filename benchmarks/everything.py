@@ -1,6 +1,6 @@
 """Everything mode: segment-anything's own generator against this project's, on photographs.
 
-    python benchmarks/everything.py --photographs a.jpg b.jpg --checkpoint mobile_sam.pt
+    python -m benchmarks.everything --photographs a.jpg b.jpg --checkpoint mobile_sam.pt
 
 Every measurement is a fresh process that loads the model, warms up on a thumbnail, and segments one photograph; the
 variants take turns, and medians are reported. Agreement compares masks with those of the reference. Run it on an idle
@@ -9,13 +9,12 @@ machine; ``--threads 1`` measures CPU time that does not depend on how many core
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import resource
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from benchmarks.results import write_results
 
 REFERENCE = "segment-anything"
 VARIANTS = (REFERENCE, "flat float32", "flat bfloat16", "hierarchical float32", "hierarchical bfloat16")
@@ -213,8 +214,7 @@ def main() -> None:
     rows = [summarise(config, results, photograph, variant) for photograph, variant in results]
     console.print(as_table(config, rows))
     if config.output is not None:
-        described = json.loads(json.dumps(asdict(config), default=str))
-        config.output.write_text(json.dumps({"config": described, "results": rows}, indent=2) + "\n")
+        write_results(config.output, config, rows)
 
 
 def summarise(

@@ -8,11 +8,10 @@ ratios to segment-anything's predictor with the same weights. IoU is that of the
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.results import write_results
 from tinysam import SamPredictor, load, sam_model_registry
-from tinysam.modeling.registry import CONFIGS
+from tinysam.modeling.checkpoint import is_untrained
 from tinysam.runtime.choice import with_engine
-from tinysam.weights import SHIPPED
 
 REFERENCE = "segment-anything"
 
@@ -53,8 +52,7 @@ class PredictorBenchmark:
 def predictors(config: PredictorBenchmark) -> dict[str, Any]:
     """segment-anything's predictor first, then ours on each engine."""
     torch.manual_seed(0)
-    is_architecture = config.checkpoint in CONFIGS and config.checkpoint not in SHIPPED
-    sam = sam_model_registry[config.checkpoint]() if is_architecture else load(config.checkpoint)
+    sam = sam_model_registry[config.checkpoint]() if is_untrained(config.checkpoint) else load(config.checkpoint)
     return {
         REFERENCE: segment_anything.SamPredictor(sam),
         "torch": SamPredictor(sam),
@@ -98,8 +96,7 @@ def main() -> None:
         rows.append(row)
     console.print(as_table(config, rows, list(steps)))
     if config.output is not None:
-        described = json.loads(json.dumps(asdict(config), default=str))
-        config.output.write_text(json.dumps({"config": described, "results": rows}, indent=2) + "\n")
+        write_results(config.output, config, rows)
 
 
 def iou(one: np.ndarray, other: np.ndarray) -> float:

@@ -8,10 +8,9 @@ the flat grid's. Settings take turns on each image. The paper has 98.8 % of the 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.results import write_results
 from tinysam import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator, load
 from tinysam.eval.everything import EverythingScores, score_everything
 from tinysam.eval.ground_truth import read_objects
@@ -131,8 +131,7 @@ def main() -> None:
         row["share_of_time"] = row["cpu_seconds"] / rows[0]["cpu_seconds"]
     console.print(as_table(f"{config.checkpoint} on {engine_name(sam)}, {len(tallies['flat'].scores)} images", rows))
     if config.output is not None:
-        described = json.loads(json.dumps(asdict(config), default=str))
-        config.output.write_text(json.dumps({"config": described, "results": rows}, indent=2) + "\n")
+        write_results(config.output, config, rows)
 
 
 def as_table(title: str, rows: list[dict[str, Any]]) -> Table:

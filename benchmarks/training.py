@@ -9,12 +9,11 @@ turns, each in a fresh process, and medians are reported. Run it on an idle mach
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.results import write_results
 
 PLAIN = "plain loop"
 MASKS = 24  # of an image
@@ -256,8 +257,7 @@ def main() -> None:
         )
     Console().print(table)
     if config.output is not None:
-        described = json.loads(json.dumps(asdict(config), default=str))
-        config.output.write_text(json.dumps({"config": described, "results": rows}, indent=2) + "\n")
+        write_results(config.output, config, rows)
 
 
 def _may_have_children() -> None:
