@@ -127,7 +127,7 @@ def main() -> None:
             tallies[name].scores.append(score_everything(records, truths))
     rows = [{"setting": name, **tally.summary()} for name, tally in tallies.items()]
     for row in rows:
-        row["share_of_miou"] = row["miou"] / rows[0]["miou"]
+        row["share_of_miou"] = row["miou"] / rows[0]["miou"] if rows[0]["miou"] else float("nan")
         row["share_of_time"] = row["cpu_seconds"] / rows[0]["cpu_seconds"]
     console.print(as_table(f"{config.checkpoint} on {engine_name(sam)}, {len(tallies['flat'].scores)} images", rows))
     if config.output is not None:
