@@ -20,12 +20,12 @@ from pipelines.cache_teacher import CacheTeacherConfig, CacheTeacherWorker
 from pipelines.common.cli import JobError
 from pipelines.common.shard_worker import Placement
 from tinysam.lake import schema
-from tinysam.lake.annotations import decode_targets
 from tinysam.lake.codecs import decode_embedding
 from tinysam.lake.filesystem import join, list_files
 from tinysam.lake.fingerprint import file_sha256
 from tinysam.lake.index import IndexConfig, build_index
 from tinysam.lake.plan import plan_shards
+from tinysam.lake.rle import decode_rle
 from tinysam.lake.shards import read_shard, read_shard_metadata
 
 CPU = Placement(device="cpu", num_cpus=2)
@@ -100,9 +100,9 @@ def test_ground_truth_lands_in_the_mask_frame(tmp_path: Path) -> None:
     assert (wide["input_height"], wide["input_width"]) == (32, 64)
     [stored] = wide["masks"]
     assert stored["bbox"] == [16, 8, 32, 16]
-    expected = np.zeros((16, 16))
-    expected[2:6, 4:12] = 1
-    np.testing.assert_array_equal(decode_targets([stored], 64)[0], expected)
+    expected = np.zeros((32, 32), np.uint8)
+    expected[4:12, 8:24] = 1
+    np.testing.assert_array_equal(decode_rle(stored), expected)
     [(x, y)] = stored["point_coords"]
     assert 16 < x < 48
     assert 8 < y < 24

@@ -9,11 +9,12 @@ from importlib import resources
 from markupsafe import Markup
 
 from tinysam.distill.history import Line
+from tinysam.distill.losses import TERMS
 from tinysam.report.charts import line_chart
 
 CURVES_FILE = "curves.html"
 _CHARTS = (
-    ("Loss", ("loss", "embedding", "token", "output", "focal", "dice", "iou"), True),
+    ("Loss", ("loss", *TERMS), True),
     ("Validation IoU", ("val_box", "val_click", "val_click_best"), False),
     ("Learning rate", ("learning_rate",), False),
     ("Images a second", ("images_per_second",), False),

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import MaskDecoder, Sam
 
+from tinysam.distill.frame import LOW_RES_STRIDE, TARGET_STRIDE
 from tinysam.distill.prompts import Prompts, embed_prompts
 
 
@@ -34,6 +36,13 @@ def dense_positions(sam: Sam, origins: torch.Tensor, size: int) -> torch.Tensor:
     """
     frame = sam.prompt_encoder.get_dense_pe()[0]
     return torch.stack([frame[:, y : y + size, x : x + size] for x, y in origins.tolist()])
+
+
+def at_target_stride(logits: torch.Tensor) -> torch.Tensor:
+    """Low-resolution logits, ``(N, M, h, w)``, resized to the ground truth's frame as SAM resizes them to the image:
+    ``(N, M, 2h, 2w)`` float32.
+    """
+    return F.interpolate(logits.float(), scale_factor=LOW_RES_STRIDE / TARGET_STRIDE, mode="bilinear")
 
 
 def decode(

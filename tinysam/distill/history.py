@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+from tinysam.distill.losses import TERMS
 from tinysam.lake.filesystem import LakeError, exists, read_bytes, write_once
 
 HISTORY_FILE = "history.csv"
 COLUMNS = (
-    *("time", "step", "total_steps", "epoch", "loss", "embedding", "token", "output", "focal", "dice", "iou"),
+    *("time", "step", "total_steps", "epoch", "loss", *TERMS),
     *("learning_rate", "images_per_second", "waiting_share", "val_box", "val_click", "val_click_best"),
 )
 WRITING_SHARE = 0.01
@@ -72,7 +73,7 @@ def describe_line(line: Line, left: float | None) -> str:
     if scores:
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         return f"distill: step {line['step']:.0f}, validation IoU: {shown}"
-    terms = [name for name in ("embedding", "token", "output", "focal", "dice", "iou") if name in line]
+    terms = [name for name in TERMS if name in line]
     parts = [
         f"distill: step {line['step']:.0f}/{line['total_steps']:.0f}",
         f"epoch {line['epoch'] + 1:.0f}",

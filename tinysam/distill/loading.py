@@ -30,6 +30,8 @@ class Reading:
     """How a row becomes a sample."""
     prompts: int
     """Masks prompted in each sample."""
+    dense: bool = False
+    """Whether samples have the auxiliary task's target."""
     batch_size: int
     """Images of a batch."""
     batches_per_step: int = 1
@@ -100,6 +102,7 @@ class GroupedSamples(IterableDataset[Sample]):
                     embedding_shape=self._cache.embedding_shape,
                     codec=self._cache.codec,
                     rng=rng,
+                    dense=self._reading.dense,
                     key=rows.keys[i],
                 )
                 if sample is None:

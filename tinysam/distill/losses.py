@@ -1,7 +1,7 @@
 """The losses of full-stage distillation (TinySAM, section 3.1) and of SAM's own training.
 
 Shapes: ``N`` prompted masks, ``M`` masks predicted for each (SAM's decoder predicts four: the single-mask output and
-three ambiguous ones), ``(h, w)`` low-resolution pixels. Targets are coverages in [0, 1].
+three ambiguous ones), ``(h, w)`` pixels of the targets' frame. Targets are coverages in [0, 1].
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import sigmoid_focal_loss
 
-TERMS = ("embedding", "token", "output", "focal", "dice", "iou")
+TERMS = ("embedding", "token", "output", "focal", "dice", "iou", "dense")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,9 @@ class LossConfig:
     """Dice loss against ground truth."""
     iou: float = 1.0
     """l1 between the predicted and the actual IoU (paper)."""
+    dense: float = 0.0
+    """An auxiliary task that speeds up encoders which start from nothing: every pixel tells its object's box (our
+    choice; see tinysam/distill/dense.py)."""
     hard_mask_weight: bool = True
     """Weigh each mask's output loss by H_i (paper); off: every mask weighs 0.5, H's value at parity."""
     distance: Literal["l1", "mse"] = "l1"

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from segment_anything.modeling import Sam
 
+from tinysam.distill.dense import DenseHead
 from tinysam.distill.difficulty import Difficulty, load_difficulty, save_difficulty
 from tinysam.lake.filesystem import exists, join, open_filesystem, read_bytes, write_once
 from tinysam.modeling.checkpoint import CheckpointError, checkpoint_bytes, load_weights
@@ -39,6 +40,7 @@ class TrainingState:
     student: Sam
     averaged: Sam
     optimizer: torch.optim.Optimizer
+    dense_head: DenseHead | None = None
 
 
 def save_progress(
@@ -50,7 +52,8 @@ def save_progress(
     """
     name = f"step-{progress.step:08d}"
     buffer = io.BytesIO()
-    torch.save(state.optimizer.state_dict(), buffer)
+    head = {} if state.dense_head is None else state.dense_head.state_dict()
+    torch.save({"optimizer": state.optimizer.state_dict(), "dense_head": head}, buffer)
     write_once(join(url, name, "student.safetensors"), checkpoint_bytes(state.student))
     write_once(join(url, name, "averaged.safetensors"), checkpoint_bytes(state.averaged))
     write_once(join(url, name, "optimizer.pt"), buffer.getvalue())
@@ -87,7 +90,9 @@ def load_progress(url: str, state: TrainingState) -> tuple[Progress, Difficulty,
     optimizer_url = join(folder, "optimizer.pt")
     try:
         saved = torch.load(io.BytesIO(read_bytes(optimizer_url)), map_location="cpu", weights_only=True)
-        state.optimizer.load_state_dict(saved)
+        state.optimizer.load_state_dict(saved["optimizer"])
+        if state.dense_head is not None:
+            state.dense_head.load_state_dict(saved["dense_head"])
     except (RuntimeError, ValueError, KeyError, EOFError) as error:
         raise CheckpointError(
             f"{optimizer_url}: not the optimizer of this student ({error}). --overwrite starts over."

@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from segment_anything.modeling import PromptEncoder
 
+from tinysam.distill.frame import TARGET_STRIDE
+
 BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT, NO_POINT = 0, 1, 2, 3, -1
-LOW_RES_STRIDE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,19 +110,19 @@ def sample_points(regions: torch.Tensor, generator: torch.Generator) -> torch.Te
     """A uniformly drawn point of each region; anywhere where a region is empty.
 
     Args:
-        regions: ``(N, h, w)`` bool, low resolution.
+        regions: ``(N, h, w)`` bool in the targets' frame.
 
     Returns:
-        ``(N, 2)`` float32 (x, y) in input pixels, uniform within the low-resolution pixel.
+        ``(N, 2)`` float32 (x, y) in input pixels, uniform within the region's pixel.
     """
     n, _, width = regions.shape
     weights = regions.flatten(1).float()
     weights = torch.where(regions.flatten(1).any(1, keepdim=True), weights, torch.ones_like(weights))
     index = torch.multinomial(weights, 1, generator=generator)[:, 0]
-    low_res = torch.stack([index % width, index // width], 1)
+    pixels = torch.stack([index % width, index // width], 1)
     # Below 1 by more than float32's rounding: 63 + 0.99999994 would be 64, a pixel beyond the mask.
     within = torch.rand((n, 2), generator=generator, device=generator.device) * (1 - 2**-10)
-    return (low_res + within) * LOW_RES_STRIDE
+    return (pixels + within) * TARGET_STRIDE
 
 
 def next_points(
@@ -144,9 +145,9 @@ def next_points(
     if policy == "tinysam":
         wrong = torch.where(missed.flatten(1).any(1)[:, None, None], missed, wrong)
     points = sample_points(wrong, generator)
-    low_res = (points / LOW_RES_STRIDE).long()
+    pixels = (points / TARGET_STRIDE).long()
     n = torch.arange(len(targets), device=targets.device)
-    labels = torch.where(targets[n, low_res[:, 1], low_res[:, 0]], FOREGROUND, BACKGROUND)
+    labels = torch.where(targets[n, pixels[:, 1], pixels[:, 0]], FOREGROUND, BACKGROUND)
     return points, torch.where(wrong.flatten(1).any(1), labels, NO_POINT)
 
 

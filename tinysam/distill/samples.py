@@ -14,12 +14,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torchvision.transforms import v2
 
-from tinysam.lake import schema
+from tinysam.distill.dense import CHANNELS, MIRRORED, OVERTURNED, TRANSPOSED, dense_target
+from tinysam.distill.frame import EMBEDDING_STRIDE, TARGET_STRIDE
 from tinysam.lake.codecs import Codec, decode_embedding
 
-EMBEDDING_STRIDE = 16
-LOW_RES_STRIDE = 4
-MIN_BOX_SIDE = 4.0  # input pixels: what a crop leaves of an object that is thinner than a low-resolution pixel is noise
+MIN_BOX_SIDE = 2.0  # input pixels: what a crop leaves of an object that is thinner than a pixel of targets is noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,9 @@ class Sample:
     embedding: torch.Tensor
     """``(C, S/16, S/16)`` float32; ``C`` is 0 without a teacher."""
     targets: torch.Tensor
-    """``(P, S/4, S/4)`` float32 coverages."""
+    """``(P, S/2, S/2)`` float32 coverages."""
+    dense: torch.Tensor
+    """``(5, S/2, S/2)`` float32 from :func:`tinysam.distill.dense.dense_target`; of no channels if not asked for."""
     boxes: torch.Tensor
     """``(P, 4)`` float32 x0, y0, x1, y1 in the crop."""
     weight: torch.Tensor
@@ -117,6 +118,7 @@ def make_sample(
     embedding_shape: tuple[int, int, int] | None,
     codec: Codec,
     rng: np.random.Generator,
+    dense: bool = False,
     key: str = "",
 ) -> Sample | None:
     """A training sample, or None if the row shows no mask and has no embedding to learn from.
@@ -126,6 +128,7 @@ def make_sample(
         prompts: P; masks are drawn with replacement where the crop has fewer.
         image_size: side of the model's frame.
         embedding_shape: (C, H, W) of the row's embedding; None leaves it unread.
+        dense: whether to make the auxiliary task's target.
         key: names the image in messages.
     """
     masks = row["masks"] or []
@@ -144,7 +147,8 @@ def make_sample(
     content = np.clip([row["input_height"] - window.y, row["input_width"] - window.x], 0, window.side)
     content_size = torch.tensor([round(v * scale) for v in content.tolist()])
 
-    chosen, boxes = _choose_masks(masks, window, scale, prompts, rng)
+    all_boxes = _boxes(masks, window, scale)
+    chosen, boxes = _choose_masks(masks, all_boxes.clip(0, crop), prompts, rng)
     targets = _targets(chosen, window, crop)
     weight = (targets.sum((1, 2)) >= 1).float()
     if len(chosen) < prompts:  # a crop that shows no mask at all
@@ -165,8 +169,10 @@ def make_sample(
 
     if config.color_jitter > 0:
         image = _jitter_colors(image, config.color_jitter, rng)
+    side = crop // TARGET_STRIDE
+    per_pixel = _dense(masks, all_boxes, window, side) if dense else torch.zeros(0, side, side)
     if config.flip and int(content_size.min()) == crop:
-        image, targets, boxes = _flip(image, targets, boxes, rng)
+        image, targets, boxes, per_pixel = _flip(image, targets, boxes, per_pixel, rng)
     origin = torch.tensor([window.x // EMBEDDING_STRIDE, window.y // EMBEDDING_STRIDE])
     if config.alters_pixels:
         # The window's place in the frame means nothing once it is magnified; any place that holds the crop will do.
@@ -177,6 +183,7 @@ def make_sample(
         origin=origin,
         embedding=embedding,
         targets=targets,
+        dense=per_pixel,
         boxes=boxes,
         weight=weight,
         labelled=torch.tensor(row["masks"] is not None),
@@ -208,15 +215,17 @@ def _choose_window(
     return _Window(place[0], place[1], side)
 
 
-def _choose_masks(
-    masks: Sequence[Mapping[str, Any]], window: _Window, scale: float, prompts: int, rng: np.random.Generator
-) -> tuple[list[Mapping[str, Any]], torch.Tensor]:
-    """P masks that the window shows, and their boxes within it, in pixels of the crop."""
-    if not masks:
-        return [], torch.zeros(0, 4)
-    xywh = np.array([mask["bbox"] for mask in masks], np.float32)
+def _boxes(masks: Sequence[Mapping[str, Any]], window: _Window, scale: float) -> np.ndarray:
+    """``(N, 4)`` float32 x0, y0, x1, y1 in pixels of the crop, which they may leave."""
+    xywh = np.array([mask["bbox"] for mask in masks], np.float32).reshape(-1, 4)
     boxes = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
-    boxes = (np.clip(boxes - [window.x, window.y] * 2, 0, window.side) * scale).astype(np.float32)
+    return ((boxes - [window.x, window.y] * 2) * scale).astype(np.float32)
+
+
+def _choose_masks(
+    masks: Sequence[Mapping[str, Any]], boxes: np.ndarray, prompts: int, rng: np.random.Generator
+) -> tuple[list[Mapping[str, Any]], torch.Tensor]:
+    """P masks that the crop shows, and their boxes within it."""
     shown = np.flatnonzero((boxes[:, 2:] - boxes[:, :2]).min(1) >= MIN_BOX_SIDE)
     if not len(shown):
         return [], torch.zeros(0, 4)
@@ -225,17 +234,33 @@ def _choose_masks(
 
 
 def _targets(masks: Sequence[Mapping[str, Any]], window: _Window, crop: int) -> torch.Tensor:
-    """``(len(masks), crop / 4, crop / 4)`` coverages of the masks in the window."""
-    size = crop // LOW_RES_STRIDE
+    """``(len(masks), crop / 2, crop / 2)`` coverages of the masks in the window."""
+    size = crop // TARGET_STRIDE
     if not masks:
         return torch.zeros(0, size, size)
-    ys, xs, n = (v // schema.MASK_STRIDE for v in (window.y, window.x, window.side))
+    pixels = torch.from_numpy(_decode(masks, window)).permute(2, 0, 1)[None].float()
+    if pixels.shape[-1] == size:
+        return pixels[0]
+    return F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)[0]
+
+
+def _dense(masks: Sequence[Mapping[str, Any]], boxes: np.ndarray, window: _Window, size: int) -> torch.Tensor:
+    """``(5, size, size)`` target of the auxiliary task, for the masks that the window shows."""
+    shown = (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] < size * TARGET_STRIDE).all(1)
+    near = np.flatnonzero(shown).tolist()
+    if not near:
+        return torch.zeros(CHANNELS, size, size)
+    pixels = torch.from_numpy(_decode([masks[i] for i in near], window)).permute(2, 0, 1)[None]
+    inside = F.interpolate(pixels, size=(size, size), mode="nearest-exact")[0].bool()
+    return dense_target(inside.numpy(), boxes[near])
+
+
+def _decode(masks: Sequence[Mapping[str, Any]], window: _Window) -> np.ndarray:
+    """``(side / 2, side / 2, len(masks))`` uint8: the window's part of the masks."""
+    ys, xs, n = (v // TARGET_STRIDE for v in (window.y, window.x, window.side))
     # Decoding all at once saves pycocotools' overhead a mask, which is most of its time at this size.
     frames = coco_mask.decode([{"size": mask["size"], "counts": mask["counts"]} for mask in masks])
-    pixels = torch.from_numpy(frames[ys : ys + n, xs : xs + n]).permute(2, 0, 1)[None].float()
-    if n == 2 * size:
-        return F.avg_pool2d(pixels, 2)[0]
-    return F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)[0]
+    return frames[ys : ys + n, xs : xs + n]
 
 
 def _jitter_colors(image: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:
@@ -249,20 +274,21 @@ def _jitter_colors(image: torch.Tensor, strength: float, rng: np.random.Generato
 
 
 def _flip(
-    image: torch.Tensor, targets: torch.Tensor, boxes: torch.Tensor, rng: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    image: torch.Tensor, targets: torch.Tensor, boxes: torch.Tensor, dense: torch.Tensor, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     side = image.shape[-1]
     horizontal, vertical, transpose = rng.random(3) < 0.5
     if horizontal:
-        image, targets = image.flip(-1), targets.flip(-1)
+        image, targets, dense = image.flip(-1), targets.flip(-1), dense.flip(-1)[MIRRORED[: len(dense)]]
         boxes = torch.stack([side - boxes[:, 2], boxes[:, 1], side - boxes[:, 0], boxes[:, 3]], 1)
     if vertical:
-        image, targets = image.flip(-2), targets.flip(-2)
+        image, targets, dense = image.flip(-2), targets.flip(-2), dense.flip(-2)[OVERTURNED[: len(dense)]]
         boxes = torch.stack([boxes[:, 0], side - boxes[:, 3], boxes[:, 2], side - boxes[:, 1]], 1)
     if transpose:
         image, targets = image.transpose(-1, -2), targets.transpose(-1, -2)
+        dense = dense.transpose(-1, -2)[TRANSPOSED[: len(dense)]]
         boxes = boxes[:, [1, 0, 3, 2]]
-    return image.contiguous(), targets.contiguous(), boxes
+    return image.contiguous(), targets.contiguous(), boxes, dense.contiguous()
 
 
 def content_mask(content_size: torch.Tensor, size: int, stride: int) -> torch.Tensor:

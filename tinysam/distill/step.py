@@ -10,11 +10,13 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from tinysam.distill import losses
-from tinysam.distill.decoding import Decoded, decode, dense_positions
+from tinysam.distill.decoding import Decoded, at_target_stride, decode, dense_positions
+from tinysam.distill.dense import DenseHead, dense_loss
+from tinysam.distill.frame import EMBEDDING_STRIDE, TARGET_STRIDE
 from tinysam.distill.losses import LossConfig
 from tinysam.distill.memory import recomputed
 from tinysam.distill.prompts import PromptConfig, Prompts, first_prompts, next_points
-from tinysam.distill.samples import EMBEDDING_STRIDE, Sample, content_mask
+from tinysam.distill.samples import Sample, content_mask
 from tinysam.distill.teacher_masks import TeacherMaskConfig, add_teacher_masks
 
 SINGLE_MASK = 0  # SAM's decoder predicts the unambiguous mask first, then three ambiguous ones
@@ -52,6 +54,7 @@ class DistillationLoss(nn.Module):
         self.losses, self.prompts = loss_config, prompt_config
         self.teacher_masks = teacher_masks or TeacherMaskConfig()
         self.recompute_rounds = recompute_rounds
+        self.dense_head = DenseHead(student.prompt_encoder.embed_dim) if loss_config.dense > 0 else None
 
     def forward(
         self, batch: Sample, refinements: Sequence[bool], generator: torch.Generator, autocast: torch.autocast
@@ -75,6 +78,10 @@ class DistillationLoss(nn.Module):
         size = embeddings.shape[-1]
         positions = dense_positions(student, batch.origin, size)
         terms: dict[str, torch.Tensor] = {}
+        if self.dense_head is not None:
+            predicted = self.dense_head(embeddings)
+            valid = content_mask(batch.content_size, predicted.shape[-1], TARGET_STRIDE)
+            terms["dense"] = dense_loss(predicted, batch.dense, valid & batch.labelled[:, None, None])
         if teacher is not None:
             teacher_positions = dense_positions(teacher, batch.origin, size)
             with autocast:
@@ -94,15 +101,16 @@ class DistillationLoss(nn.Module):
                 with torch.no_grad(), autocast:
                     taught = decode(teacher, batch.embedding, teacher_positions, prompts, mask_logits)
             run = partial(recomputed, self._round) if self.recompute_rounds else self._round
-            round_terms, logits = run(embeddings, positions, prompts, mask_logits, taught, targets, weight, autocast)
+            round_terms, low_res = run(embeddings, positions, prompts, mask_logits, taught, targets, weight, autocast)
             for name, value in round_terms.items():
                 terms[name] = terms.get(name, 0) + value / (len(refinements) + 1)
+            logits = at_target_stride(low_res[:, None])[:, 0]
             if number == 0:
                 difficulty = _difficulty(logits, taught, targets, weight).unflatten(0, batch.weight.shape).nanmean(1)
             if number < len(refinements):
                 points, labels = next_points(targets > 0.5, logits > 0, self.prompts.policy, generator)
                 prompts = prompts.extended(points + offset, labels)
-                mask_logits = logits[:, None] if refinements[number] else None
+                mask_logits = low_res[:, None] if refinements[number] else None
 
         total = sum((getattr(config, name) * value for name, value in terms.items()), start=embeddings.new_zeros(()))
         return total, {name: value.detach() for name, value in terms.items()}, difficulty
@@ -118,11 +126,12 @@ class DistillationLoss(nn.Module):
         weight: torch.Tensor,
         autocast: torch.autocast,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The terms of a round of prompts, and ``(N, h, w)`` single-mask logits without gradient."""
+        """The terms of a round of prompts, and ``(N, h, w)`` low-resolution single-mask logits without gradient."""
         config = self.losses
         with autocast:
             decoded = decode(self.student, embeddings, positions, prompts, mask_logits)
-        logits, truth = decoded.logits.float(), targets[:, None]
+        low_res, truth = decoded.logits.float(), targets[:, None]
+        logits = at_target_stride(low_res)
         count = weight.sum().clamp(min=1)
 
         def mean(values: torch.Tensor) -> torch.Tensor:
@@ -142,13 +151,12 @@ class DistillationLoss(nn.Module):
         if taught is not None and config.token > 0:
             terms["token"] = mean(losses.token_loss(decoded.tokens.float(), taught.tokens.float(), config.distance))
         if taught is not None and config.output > 0:
-            taught_logits = taught.logits.float()
             hardness = torch.full_like(weight, 0.5)
             if config.hard_mask_weight:
-                taught_iou = losses.mask_iou(taught_logits, truth)
+                taught_iou = losses.mask_iou(at_target_stride(taught.logits), truth)
                 hardness = losses.hard_mask_weight(taught_iou[:, SINGLE_MASK], actual_iou[:, SINGLE_MASK])
-            terms["output"] = mean(hardness * losses.output_loss(logits, taught_logits, config))
-        return terms, logits[:, SINGLE_MASK].detach()
+            terms["output"] = mean(hardness * losses.output_loss(low_res, taught.logits.float(), config))
+        return terms, low_res[:, SINGLE_MASK].detach()
 
 
 def _difficulty(
@@ -157,7 +165,9 @@ def _difficulty(
     """``(N,)`` by how much the teacher's IoU exceeds the student's; NaN where there is no mask."""
     truth = targets[:, None]
     student_iou = losses.mask_iou(logits[:, None], truth)[:, 0]
-    teacher_iou = 1.0 if taught is None else losses.mask_iou(taught.logits[:, SINGLE_MASK, None], truth)[:, 0]
+    if taught is None:
+        return (1 - student_iou).masked_fill(weight == 0, torch.nan)
+    teacher_iou = losses.mask_iou(at_target_stride(taught.logits[:, SINGLE_MASK, None]), truth)[:, 0]
     return (teacher_iou - student_iou).masked_fill(weight == 0, torch.nan)
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from segment_anything.modeling import Sam
 
-from tinysam.distill.decoding import decode
-from tinysam.distill.prompts import LOW_RES_STRIDE, point_prompts
-from tinysam.distill.samples import EMBEDDING_STRIDE, Sample, content_mask
+from tinysam.distill.decoding import at_target_stride, decode
+from tinysam.distill.frame import EMBEDDING_STRIDE, TARGET_STRIDE
+from tinysam.distill.prompts import point_prompts
+from tinysam.distill.samples import Sample, content_mask
 
 STABILITY_OFFSET = 1.0  # as in SAM's everything mode
 
@@ -25,7 +26,7 @@ class TeacherMaskConfig:
     pred_iou_thresh: float = 0.88
     """Masks of lower predicted IoU are left out (SAM's default)."""
     stability_score_thresh: float = 0.9
-    """Masks of lower stability are left out (SAM's default is 0.95 at full resolution; ours is at a quarter)."""
+    """Masks of lower stability are left out (SAM's default is 0.95 at full resolution; ours is at half)."""
 
     def __post_init__(self) -> None:
         for name in ("pred_iou_thresh", "stability_score_thresh"):
@@ -58,8 +59,9 @@ def add_teacher_masks(
     prompts = point_prompts((points + frame[:, None]).flatten(0, 1))
     decoded = decode(teacher, batch.embedding[rows], positions[rows], prompts)
     predicted_iou, best = decoded.predicted_iou[:, 1:].float().max(1)
-    logits = decoded.logits[torch.arange(len(best), device=best.device), best + 1].float()
-    content = content_mask(batch.content_size[rows], logits.shape[-1], LOW_RES_STRIDE).repeat_interleave(places, 0)
+    chosen = decoded.logits[torch.arange(len(best), device=best.device), best + 1]
+    logits = at_target_stride(chosen[:, None])[:, 0]
+    content = content_mask(batch.content_size[rows], logits.shape[-1], TARGET_STRIDE).repeat_interleave(places, 0)
     logits = logits.masked_fill(~content, -math.inf)
     masks = logits > 0
     good = (
@@ -100,11 +102,11 @@ def stability(logits: torch.Tensor) -> torch.Tensor:
 
 
 def mask_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Boxes around ``(N, h, w)`` low-resolution masks: ``(N, 4)`` x0, y0, x1, y1 in input pixels, 0 if empty."""
+    """Boxes around ``(N, h, w)`` masks in the targets' frame: ``(N, 4)`` x0, y0, x1, y1 in input pixels, 0 if empty."""
     corners = []
     for covered in (masks.any(1), masks.any(2)):  # columns, rows
         first = covered.int().argmax(1)
         last = covered.shape[1] - covered.flip(1).int().argmax(1)
         corners.append(torch.stack([first, last], 1) * covered.any(1, keepdim=True))
     (x0, x1), (y0, y1) = corners[0].T, corners[1].T
-    return torch.stack([x0, y0, x1, y1], 1).float() * LOW_RES_STRIDE
+    return torch.stack([x0, y0, x1, y1], 1).float() * TARGET_STRIDE

@@ -125,10 +125,14 @@ class Trainer:
             recompute_blocks(student.image_encoder)
         # A round without a mask prompt leaves the prompt encoder's mask branch out of the graph.
         self._loss: nn.Module = DistributedDataParallel(loss, find_unused_parameters=True) if world_size > 1 else loss
-        groups = parameter_groups(student, optimizer.weight_decay)
+        trained = nn.ModuleList([student] if loss.dense_head is None else [student, loss.dense_head])
+        self._trained = list(trained.parameters())
+        groups = parameter_groups(trained, optimizer.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=optimizer.learning_rate, fused=True)
         self._autocast = torch.autocast(device, torch.bfloat16, enabled=trainer.precision == "bf16")
-        self._state = TrainingState(student=student, averaged=self.averaged_student, optimizer=self._optimizer)
+        self._state = TrainingState(
+            student=student, averaged=self.averaged_student, optimizer=self._optimizer, dense_head=loss.dense_head
+        )
         self._progress, self._difficulty, self._weights = load_progress(checkpoints_url, self._state)
         self._ema.n_averaged.fill_(self._progress.step)
         self._total = sum(group.steps for epoch in range(trainer.epochs) for group in self._groups(epoch, 0))
@@ -191,6 +195,7 @@ class Trainer:
             groups=groups,
             samples=self._samples,
             prompts=self._prompts.per_image,
+            dense=self._local_loss.dense_head is not None,
             batch_size=config.batch_size,
             batches_per_step=config.accumulate_batches,
             seed=(config.seed, epoch),
@@ -228,7 +233,7 @@ class Trainer:
             log.add(dict(zip(("loss", *terms), values, strict=True)), share)
             if self._mining.strength > 0:
                 self._difficulty.update(batch.key, difficulty.tolist(), self._progress.step)
-        nn.utils.clip_grad_norm_(self.student.parameters(), self._optimizer_config.clip_norm)
+        nn.utils.clip_grad_norm_(self._trained, self._optimizer_config.clip_norm)
         self._optimizer.step()
         self._ema.update_parameters(self.student)
         self._progress.step += 1

@@ -1,4 +1,4 @@
-"""A cheap look at a student while it trains: IoU of low-resolution masks on whole images of a cache."""
+"""A cheap look at a student while it trains: IoU at half the input's resolution, on whole images of a cache."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 from segment_anything.modeling import Sam
 
 from tinysam.distill.cache import open_cache
-from tinysam.distill.decoding import decode, dense_positions
+from tinysam.distill.decoding import at_target_stride, decode, dense_positions
+from tinysam.distill.frame import TARGET_STRIDE
 from tinysam.distill.groups import Group
 from tinysam.distill.loading import Reading, load_batches
 from tinysam.distill.losses import mask_iou
 from tinysam.distill.prompts import Prompts, box_prompts, point_prompts
-from tinysam.distill.samples import LOW_RES_STRIDE, Sample, SampleConfig
+from tinysam.distill.samples import Sample, SampleConfig
 from tinysam.distill.step import SINGLE_MASK, preprocess
 from tinysam.lake.shards import ShardError
 
@@ -67,8 +68,8 @@ def validate(student: Sam, batches: Iterable[Sample], autocast: torch.autocast) 
         with autocast:
             boxed = decode(student, embeddings, positions, box_prompts(batch.boxes.flatten(0, 1)))
             clicked = decode(student, embeddings, positions, centre_clicks(targets))
-        box_iou = mask_iou(boxed.logits, targets[:, None])[:, SINGLE_MASK]
-        click_iou = mask_iou(clicked.logits, targets[:, None])[:, 1:]
+        box_iou = mask_iou(at_target_stride(boxed.logits), targets[:, None])[:, SINGLE_MASK]
+        click_iou = mask_iou(at_target_stride(clicked.logits), targets[:, None])[:, 1:]
         chosen = clicked.predicted_iou[:, 1:].argmax(1, keepdim=True)
         ious["box"].append(box_iou[keep])
         ious["click"].append(click_iou.gather(1, chosen)[keep, 0])
@@ -86,5 +87,5 @@ def centre_clicks(targets: torch.Tensor) -> Prompts:
     distance = (ys - centre_y[:, None, None]) ** 2 + (xs - centre_x[:, None, None]) ** 2
     distance = torch.where(targets > 0.5, distance, distance + height * width * 4)
     index = distance.flatten(1).argmin(1)
-    points = (torch.stack([index % width, index // width], 1) + 0.5) * LOW_RES_STRIDE
+    points = (torch.stack([index % width, index // width], 1) + 0.5) * TARGET_STRIDE
     return point_prompts(points)

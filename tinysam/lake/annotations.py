@@ -1,7 +1,7 @@
-"""Ground-truth masks: from what the lake holds to what a training step eats.
+"""Ground-truth masks: from what the lake holds to what a training job reads.
 
-Three forms of one mask: COCO run lengths in the original frame (as read), COCO run lengths in the mask frame (as
-stored in embedding shards, ``schema.TRAINING_MASK``), and coverage of the model's low-resolution pixels (the target).
+Two forms of one mask: COCO run lengths in the original frame (as read), and in the mask frame (as stored in embedding
+shards, ``schema.TRAINING_MASK``).
 """
 
 from __future__ import annotations
@@ -119,42 +119,6 @@ def to_training_masks(
             }
         )
     return _thin_out(masks, max_masks)
-
-
-def training_mask_to_target(mask: Mapping[str, Any]) -> np.ndarray:
-    """Decodes one stored mask; see ``decode_targets``.
-
-    Returns:
-        (image_size // 4, image_size // 4) float32 in {0, 0.25, 0.5, 0.75, 1}.
-    """
-    return decode_targets([mask], int(mask["size"][0]) * MASK_STRIDE)[0]
-
-
-def decode_targets(masks: Sequence[Mapping[str, Any]], image_size: int) -> np.ndarray:
-    """Decodes stored masks to what low-resolution logits are compared with.
-
-    Args:
-        masks: N dicts of ``schema.TRAINING_MASK``.
-        image_size: The model's.
-
-    Returns:
-        (N, image_size // 4, image_size // 4) float32: how much of each low-resolution pixel a mask covers, in
-        {0, 0.25, 0.5, 0.75, 1}.
-
-    Raises:
-        ValueError: If a mask was stored for another image size.
-    """
-    side = image_size // MASK_STRIDE
-    if any(list(mask["size"]) != [side, side] for mask in masks):
-        raise ValueError(f"masks of size {masks[0]['size']} were stored for another image size than {image_size}")
-    if not masks:
-        return np.zeros((0, side // 2, side // 2), dtype=np.float32)
-    decoded = coco_mask.decode([{"size": [side, side], "counts": mask["counts"]} for mask in masks])
-    # pycocotools' memory order is (mask, column, row). Two bytes seen as one 16-bit number add up in one go.
-    pairs = decoded.transpose(2, 1, 0).view(np.uint16)
-    sums = pairs[:, 0::2] + pairs[:, 1::2]
-    quarters = (sums & 0xFF) + (sums >> 8)
-    return np.multiply(quarters.transpose(0, 2, 1), np.float32(0.25), dtype=np.float32, order="C")
 
 
 def _read_sidecar(uri: str) -> bytes:

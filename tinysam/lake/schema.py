@@ -14,9 +14,9 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 1
 
-# SAM's low-resolution masks have stride 4. Ground truth is kept at twice that resolution, so that its 2x2 mean tells
-# how much of a low-resolution pixel a mask covers: with a plain binary low-resolution mask, a student cannot learn
-# where a boundary lies within a pixel, which is most of a small object's IoU. Our choice.
+# SAM's low-resolution masks have stride 4. Ground truth is kept at twice that resolution, to which training resizes the
+# logits: from a binary low-resolution mask, a student cannot learn where a boundary lies within a pixel, which is most
+# of a small object's IoU. Our choice.
 MASK_STRIDE = 2
 
 OK = "ok"

@@ -43,6 +43,9 @@ class SamConfig:
     """Channels of the image embedding and of the prompt tokens."""
     decoder_mlp_dim: int = 2048
     """Hidden channels of the mask decoder's MLPs."""
+    position_scale: float = 1.0
+    """Standard deviation of the frequencies of the positional encoding, in periods over half the image's side; SAM
+    has 1. Higher ones tell places apart that are nearer to each other."""
 
     def __post_init__(self) -> None:
         if self.image_size <= 0 or self.image_size % PATCH_SIZE:
@@ -94,6 +97,7 @@ def build_sam(config: SamConfig) -> Sam:
         pixel_mean=list(PIXEL_MEAN),
         pixel_std=list(PIXEL_STD),
     )
+    sam.prompt_encoder.pe_layer.positional_encoding_gaussian_matrix *= config.position_scale
     sam.config = config
     return sam.eval()
 
@@ -120,6 +124,7 @@ def _build_encoder(config: SamConfig) -> torch.nn.Module:
 
 # Windows that divide the embedding of 256-pixel crops, on which these models are trained, need no padding.
 _DEMO_WINDOWS = (8, 8, 16, 8)
+_DEMO_POSITION_SCALE = 3.0  # their objects are a few embedding pixels wide
 
 CONFIGS: dict[str, SamConfig] = {
     "vit_t": SamConfig(),
@@ -133,6 +138,7 @@ CONFIGS: dict[str, SamConfig] = {
         ),
         prompt_embed_dim=128,
         decoder_mlp_dim=512,
+        position_scale=_DEMO_POSITION_SCALE,
     ),
     "demo_student": SamConfig(
         image_size=512,
@@ -141,6 +147,7 @@ CONFIGS: dict[str, SamConfig] = {
         ),
         prompt_embed_dim=128,
         decoder_mlp_dim=512,
+        position_scale=_DEMO_POSITION_SCALE,
     ),
 }
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from segment_anything.modeling import Sam
 
+from tinysam.distill.frame import TARGET_STRIDE
 from tinysam.distill.prompts import (
     BACKGROUND,
     BOTTOM_RIGHT,
@@ -29,7 +30,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def hit(points: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     """Which points lie in their region."""
-    x, y = (points / 4).long().unbind(1)
+    x, y = (points / TARGET_STRIDE).long().unbind(1)
     return regions[torch.arange(len(points)), y, x]
 
 
@@ -41,14 +42,14 @@ def test_points_fall_into_their_region(seed: int, height: int, width: int) -> No
     occupied = regions.flatten(1).any(1)
     assert hit(points, regions)[occupied].all()
     assert (points >= 0).all()
-    assert (points < torch.tensor([width * 4, height * 4])).all()
+    assert (points < torch.tensor([width, height]) * TARGET_STRIDE).all()
 
 
 def test_every_pixel_of_a_region_can_be_drawn() -> None:
     region = torch.zeros(1, 4, 4, dtype=torch.bool)
     region[0, 1, 2] = region[0, 3, 0] = True
     points = sample_points(region.expand(500, -1, -1), seeded())
-    drawn = {tuple(p) for p in (points / 4).long().tolist()}
+    drawn = {tuple(p) for p in (points / TARGET_STRIDE).long().tolist()}
     assert drawn == {(2, 1), (0, 3)}
 
 
@@ -92,7 +93,7 @@ def test_tinysam_clicks_what_is_missed_and_falls_back_to_false_positives() -> No
     predicted[1, 3] = True  # only covers wrongly
     points, labels = next_points(target, predicted, "tinysam", seeded())
     assert labels.tolist() == [FOREGROUND, BACKGROUND, NO_POINT]
-    assert (points[:2, 1] / 4).long().tolist() == [0, 3]
+    assert (points[:2, 1] / TARGET_STRIDE).long().tolist() == [0, 3]
 
 
 def test_sam_clicks_any_error_with_the_label_it_needs() -> None:
@@ -101,7 +102,7 @@ def test_sam_clicks_any_error_with_the_label_it_needs() -> None:
     predicted = torch.zeros_like(target)
     predicted[:, 1:3] = True  # misses row 0, covers row 2 wrongly
     points, labels = next_points(target.expand(200, -1, -1), predicted.expand(200, -1, -1), "sam", seeded())
-    rows = (points[:, 1] / 4).long()
+    rows = (points[:, 1] / TARGET_STRIDE).long()
     assert set(rows.tolist()) == {0, 2}
     assert torch.equal(labels, torch.where(rows == 0, FOREGROUND, BACKGROUND))
 
@@ -113,7 +114,7 @@ def test_nothing_to_correct_gives_a_blank_and_an_empty_target_a_background_click
     for policy in ("tinysam", "sam"):
         points, labels = next_points(target, predicted, policy, seeded())
         assert labels.tolist() == [NO_POINT, BACKGROUND]
-        assert (points[1] / 4).long().tolist() == [3, 2]
+        assert (points[1] / TARGET_STRIDE).long().tolist() == [3, 2]
 
 
 def test_refinements_are_uniform_in_number_and_repeat_under_a_seed() -> None:

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from tinysam.distill.dense import dense_target
 from tinysam.distill.samples import SampleConfig, make_sample
 from tinysam.lake import schema
 from tinysam.lake.codecs import encode_embedding
 from tinysam.lake.images import encode_jpeg
-from tinysam.lake.rle import encode_rle
+from tinysam.lake.rle import decode_rle, encode_rle
 
 SIZE = 128
 
@@ -55,8 +56,8 @@ def sample(row: dict[str, Any], rng: np.random.Generator, **options: Any) -> Any
 
 
 def bright(image: torch.Tensor) -> torch.Tensor:
-    """Low-resolution share of bright pixels."""
-    return torch.nn.functional.avg_pool2d((image[0] > 125).float()[None], 4)[0]
+    """Share of bright pixels in each pixel of the targets."""
+    return torch.nn.functional.avg_pool2d((image[0] > 125).float()[None], 2)[0]
 
 
 @pytest.mark.parametrize(
@@ -80,10 +81,10 @@ def test_masks_lie_where_their_objects_are(rng: np.random.Generator, options: di
                 continue
             ys, xs = torch.nonzero(target > 0.5, as_tuple=True)
             if len(ys):
-                assert (xs.min() * 4 >= box[0] - 6).all()
-                assert ((xs.max() + 1) * 4 <= box[2] + 6).all()
-                assert (ys.min() * 4 >= box[1] - 6).all()
-                assert ((ys.max() + 1) * 4 <= box[3] + 6).all()
+                assert (xs.min() * 2 >= box[0] - 6).all()
+                assert ((xs.max() + 1) * 2 <= box[2] + 6).all()
+                assert (ys.min() * 2 >= box[1] - 6).all()
+                assert ((ys.max() + 1) * 2 <= box[3] + 6).all()
 
 
 def test_embeddings_are_cropped_with_the_image(rng: np.random.Generator) -> None:
@@ -102,7 +103,7 @@ def test_padding_is_told_from_image(rng: np.random.Generator) -> None:
     made = sample(make_row(rng, height=50, width=128), rng)
     assert made.content_size.tolist() == [50, 128]
     assert made.image[:, 50:].max() == 0
-    assert made.targets[:, 13:].sum() == 0
+    assert made.targets[:, 25:].sum() == 0
 
 
 def test_an_image_without_masks_teaches_its_embedding_alone(rng: np.random.Generator) -> None:
@@ -115,13 +116,45 @@ def test_an_image_without_masks_teaches_its_embedding_alone(rng: np.random.Gener
 
 def test_a_single_mask_fills_all_places(rng: np.random.Generator) -> None:
     made = sample(make_row(rng, masks=1), rng)
-    assert made.targets.shape == (6, 32, 32)
+    assert made.targets.shape == (6, 64, 64)
     assert (made.weight == 1).all()
 
 
-def test_coverages_are_exact_quarters(rng: np.random.Generator) -> None:
-    made = sample(make_row(rng), rng)
-    assert set(made.targets.unique().tolist()) <= {0.0, 0.25, 0.5, 0.75, 1.0}
+def test_targets_are_the_stored_masks_where_nothing_is_magnified(rng: np.random.Generator) -> None:
+    row = make_row(rng, masks=1)
+    made = sample(row, rng)
+    np.testing.assert_array_equal(made.targets[0].numpy(), decode_rle(row["masks"][0]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"crop_size": None},
+        {"crop_size": 64, "flip": True, "embedding_shape": None},
+        {"crop_size": 64, "min_zoom": 0.6, "max_zoom": 1.8, "flip": True, "embedding_shape": None},
+    ],
+)
+def test_every_pixel_tells_the_box_of_its_object(rng: np.random.Generator, options: dict[str, Any]) -> None:
+    for _ in range(10):
+        made = sample(make_row(rng, masks=1), rng, prompts=1, dense=True, **options)
+        if made.weight[0] == 0:
+            continue
+        ys, xs = torch.nonzero(made.dense[0], as_tuple=True)
+        x, y = (xs + 0.5) * 2, (ys + 0.5) * 2
+        left, top, right, bottom = torch.sinh(made.dense[1:, ys, xs]) * 8
+        side = made.image.shape[-1]
+        boxes = torch.stack([x - left, y - top, x + right, y + bottom], 1).clamp(0, side)
+        torch.testing.assert_close(boxes, made.boxes.expand_as(boxes), atol=1e-2, rtol=0)
+        assert (made.dense[1:, made.dense[0] == 0] == 0).all()
+
+
+def test_of_overlapping_objects_the_smaller_one_counts() -> None:
+    inside = np.zeros((2, 8, 8), bool)
+    inside[0, 2:4, 2:4] = True
+    inside[1] = True
+    target = dense_target(inside, np.array([[4, 4, 8, 8], [0, 0, 16, 16]], np.float32))
+    assert torch.sinh(target[1, 3, 3]) * 8 == pytest.approx(3)
+    assert torch.sinh(target[1, 3, 4]) * 8 == pytest.approx(9)
 
 
 @pytest.mark.parametrize(("option", "value"), [("crop_size", 40), ("crop_size", 0), ("min_zoom", 0.0)])

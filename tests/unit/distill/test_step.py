@@ -28,7 +28,11 @@ def batch(make_cache: Callable[..., str]) -> Sample:
     """Two crops with three masks each."""
     cache = open_cache([make_cache("c", shards=1)])
     reading = Reading(
-        groups=[Group(offset=0, shards=(0,), steps=1)], samples=SampleConfig(crop_size=64), prompts=3, batch_size=2
+        groups=[Group(offset=0, shards=(0,), steps=1)],
+        samples=SampleConfig(crop_size=64),
+        prompts=3,
+        dense=True,
+        batch_size=2,
     )
     return next(load_batches(cache, reading, processes=0))
 
@@ -51,7 +55,7 @@ def gradients(sam: Sam) -> dict[str, torch.Tensor]:
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(tiny_sam: Sam, batch: Sample) -> None:
-    config = LossConfig(embedding=2.0, token=0.5, output=0.25, focal=3.0, dice=1.5, iou=0.1)
+    config = LossConfig(embedding=2.0, token=0.5, output=0.25, focal=3.0, dice=1.5, iou=0.1, dense=0.7)
     loss, terms, _ = forward(copy.deepcopy(tiny_sam), copy.deepcopy(tiny_sam), batch, config)
     assert set(terms) == set(TERMS)
     expected = sum(getattr(config, name) * value for name, value in terms.items())
@@ -60,7 +64,8 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tiny_sam: Sam, batch: Sample)
 
 @pytest.mark.parametrize("term", TERMS)
 def test_a_term_of_weight_zero_is_not_computed(tiny_sam: Sam, batch: Sample, term: str) -> None:
-    _, terms, _ = forward(copy.deepcopy(tiny_sam), copy.deepcopy(tiny_sam), batch, LossConfig(**{term: 0.0}))
+    config = LossConfig(**{"dense": 1.0, term: 0.0})
+    _, terms, _ = forward(copy.deepcopy(tiny_sam), copy.deepcopy(tiny_sam), batch, config)
     assert set(terms) == set(TERMS) - {term}
 
 
@@ -106,6 +111,14 @@ def test_recomputed_rounds_give_the_same_gradients(tiny_sam: Sam, batch: Sample)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_the_auxiliary_task_reaches_the_image_encoder_alone(tiny_sam: Sam, batch: Sample) -> None:
+    student = copy.deepcopy(tiny_sam)
+    only = LossConfig(embedding=0, token=0, output=0, focal=0, dice=0, iou=0, dense=1)
+    forward(student, None, batch, only)[0].backward()
+    reached = {name.split(".")[0] for name, value in gradients(student).items() if value.any()}
+    assert reached == {"image_encoder"}
 
 
 def saved_bytes(run: Callable[[], object]) -> int:

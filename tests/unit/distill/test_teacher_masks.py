@@ -25,7 +25,8 @@ def make_batch(labelled: list[bool], height: int = 128) -> Sample:
         content_size=torch.tensor([[height, 128]] * count),
         origin=torch.zeros(count, 2, dtype=torch.long),
         embedding=torch.randn(count, 32, 8, 8),
-        targets=torch.zeros(count, 5, 32, 32),
+        targets=torch.zeros(count, 5, 64, 64),
+        dense=torch.zeros(count, 0, 64, 64),
         boxes=torch.zeros(count, 5, 4),
         weight=torch.zeros(count, 5),
         labelled=torch.tensor(labelled),
@@ -70,7 +71,8 @@ def test_masks_are_what_the_teachers_own_decoder_says_is_best(teacher: Sam) -> N
         logits, _ = teacher.mask_decoder.predict_masks(
             batch.embedding, teacher.prompt_encoder.get_dense_pe(), sparse, dense
         )
-    expected = logits[:, 2] > 0  # the output whose predicted IoU was made 0.95
+    resized = torch.nn.functional.interpolate(logits[:, 2:3], size=(64, 64), mode="bilinear")[:, 0]
+    expected = resized > 0  # the output whose predicted IoU was made 0.95
     shown = after.weight[0] > 0
     assert torch.equal(after.targets[0][shown] > 0, expected[shown])
     assert shown.equal(expected.flatten(1).any(1))
@@ -93,8 +95,8 @@ def test_what_the_teacher_is_not_sure_of_teaches_nothing(teacher: Sam, config: T
 def test_masks_and_points_stay_on_the_image(teacher: Sam) -> None:
     after = taught(teacher, make_batch([False], height=50))
     assert after.weight.any()
-    assert after.targets[:, :, 13:].sum() == 0
-    assert after.boxes[..., 3].max() <= 52
+    assert after.targets[:, :, 25:].sum() == 0
+    assert after.boxes[..., 3].max() <= 50
     points = grid_points(torch.tensor([[50, 128]] * 20), 64, seeded())
     assert (points >= 0).all()
     assert (points < torch.tensor([128, 50])).all()
@@ -110,7 +112,7 @@ def test_a_grid_has_a_point_in_each_cell() -> None:
 def test_boxes_are_tight() -> None:
     masks = torch.zeros(2, 8, 8, dtype=torch.bool)
     masks[0, 2:5, 3:4] = True
-    assert mask_boxes(masks).tolist() == [[12, 8, 16, 20], [0, 0, 0, 0]]
+    assert mask_boxes(masks).tolist() == [[6, 4, 8, 10], [0, 0, 0, 0]]
 
 
 def test_stability_is_sams() -> None:

@@ -66,13 +66,18 @@ def test_training_brings_the_student_to_the_teacher(
     assert lines[-1]["step"] == lines[-1]["total_steps"]
 
 
-@pytest.mark.parametrize("strength", [0.0, 3.0])
+@pytest.mark.parametrize(("strength", "dense"), [(0.0, 0.0), (3.0, 0.0), (0.0, 1.0)])
 def test_a_killed_run_ends_where_an_undisturbed_one_does(
-    make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path, strength: float
+    make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path, strength: float, dense: float
 ) -> None:
     cache = open_cache([make_cache("c", embeddings=False)])
-    mining = MiningConfig(strength=strength)
-    undisturbed = make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / "a", mining=mining)
+    options: dict[str, Any] = {"mining": MiningConfig(strength=strength), "losses": LossConfig(dense=dense)}
+
+    def trainer(folder: str, **more: Any) -> Trainer:
+        torch.manual_seed(0)  # as the job does; the auxiliary task's head begins at random
+        return make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / folder, **options, **more)
+
+    undisturbed = trainer("a")
     undisturbed.run()
 
     class KilledError(Exception):
@@ -83,8 +88,8 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(
             raise KilledError
 
     with pytest.raises(KilledError):
-        make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / "b", on_checkpoint=kill, mining=mining).run()
-    resumed = make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / "b", mining=mining)
+        trainer("b", on_checkpoint=kill).run()
+    resumed = trainer("b")
     resumed.run()
     torch.testing.assert_close(weights(resumed.student), weights(undisturbed.student))
     torch.testing.assert_close(weights(resumed.averaged_student), weights(undisturbed.averaged_student))

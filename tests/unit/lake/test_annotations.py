@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from tinysam.lake import schema
-from tinysam.lake.annotations import decode_targets, read_annotations, to_training_masks, training_mask_to_target
+from tinysam.lake.annotations import read_annotations, to_training_masks
 from tinysam.lake.images import ImageError
 from tinysam.lake.index import IndexConfig, build_index
 from tinysam.lake.rle import decode_rle, encode_rle, rle_to_uncompressed
@@ -177,7 +177,6 @@ class TestTrainingMasks:
             # Rounding moves at most half of each boundary pixel.
             boundary = 2 * (decoded.any(0).sum() + decoded.any(1).sum() + 4)
             assert abs(decoded.sum() * 4 - stored["area"]) <= 4 * boundary
-            assert training_mask_to_target(stored).sum() * 16 == pytest.approx(decoded.sum() * 4)
 
     def test_the_point_is_the_deepest_inside(self) -> None:
         # A dumbbell: a large disc, a small one, and a thin bar between them.
@@ -214,26 +213,3 @@ class TestTrainingMasks:
         stored = to_training_masks([encode_rle(disc(50, 70, 20, 30, 12))], input_size=(91, 128), image_size=128)
         column = pa.array([stored], schema.EMBEDDING.field("masks").type)
         assert column.to_pylist()[0][0]["counts"] == stored[0]["counts"]
-        assert np.array_equal(decode_targets(column.to_pylist()[0], 128), decode_targets(stored, 128))
-
-
-class TestTargets:
-    def test_a_target_is_how_much_of_each_pixel_is_covered(self, rng: np.random.Generator) -> None:
-        masks = [rng.random((32, 32)) < density for density in (0.1, 0.5, 0.9)]
-        targets = decode_targets([encode_rle(mask) for mask in masks], 64)
-        expected = [mask.reshape(16, 2, 16, 2).mean((1, 3)) for mask in masks]
-        assert targets.dtype == np.float32
-        assert targets.flags.c_contiguous
-        assert np.array_equal(targets, np.stack(expected))
-        assert set(np.unique(targets)) <= {0, 0.25, 0.5, 0.75, 1}
-
-    def test_one_mask_is_like_a_list_of_one(self, rng: np.random.Generator) -> None:
-        rle = encode_rle(rng.random((32, 32)) < 0.5)
-        assert np.array_equal(training_mask_to_target(rle), decode_targets([rle], 64)[0])
-
-    def test_no_masks_make_an_empty_batch(self) -> None:
-        assert decode_targets([], 64).shape == (0, 16, 16)
-
-    def test_masks_of_another_image_size_are_refused(self) -> None:
-        with pytest.raises(ValueError, match="another image size than 128"):
-            decode_targets([encode_rle(np.ones((32, 32), dtype=bool))], 128)
