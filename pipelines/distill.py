@@ -37,7 +37,7 @@ from tinysam.distill.samples import SampleConfig
 from tinysam.distill.student import build_student, is_untrained
 from tinysam.distill.teacher_masks import TeacherMaskConfig
 from tinysam.distill.trainer import NonFiniteLossError, Trainer, TrainerConfig
-from tinysam.distill.validation import validation_batches
+from tinysam.distill.validation import SCORES, validation_batches
 from tinysam.lake import schema
 from tinysam.lake.filesystem import LakeError, exists, join, open_filesystem, write_once
 from tinysam.lake.fingerprint import fingerprint
@@ -329,7 +329,7 @@ def _print_summary(config: DistillConfig, seconds: float) -> None:
     table.add_row("time", f"{seconds / 60:.1f} min")
     table.add_row("speed", f"{images_per_second:.3g} images/s, {waiting:.1%} of the time waiting for data")
     last = {name: value for line in lines for name, value in line.items()}
-    for name in ("step", "loss", "val_box", "val_click", "val_click_best"):
+    for name in ("step", "loss", *(f"val_{score}" for score in SCORES)):
         if name in last:
             table.add_row(name, f"{last[name]:.5g}")
     table.add_row("curves", join(config.output, CURVES_FILE))

@@ -10,12 +10,13 @@ from markupsafe import Markup
 
 from tinysam.distill.history import Line
 from tinysam.distill.losses import TERMS
+from tinysam.distill.validation import SCORES
 from tinysam.report.charts import line_chart
 
 CURVES_FILE = "curves.html"
 _CHARTS = (
     ("Loss", ("loss", *TERMS), True),
-    ("Validation IoU", ("val_box", "val_click", "val_click_best"), False),
+    ("Validation IoU", tuple(f"val_{name}" for name in SCORES), False),
     ("Learning rate", ("learning_rate",), False),
     ("Images a second", ("images_per_second",), False),
     ("Share of time waiting for data", ("waiting_share",), False),

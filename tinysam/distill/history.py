@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from tinysam.distill.losses import TERMS
+from tinysam.distill.validation import SCORES
 from tinysam.lake.filesystem import LakeError, exists, read_bytes, write_once
 
 HISTORY_FILE = "history.csv"
 COLUMNS = (
     *("time", "step", "total_steps", "epoch", "loss", *TERMS),
-    *("learning_rate", "images_per_second", "waiting_share", "val_box", "val_click", "val_click_best"),
+    *("learning_rate", "images_per_second", "waiting_share", *(f"val_{name}" for name in SCORES)),
 )
 WRITING_SHARE = 0.01
 """The file is written whole, as object storage knows no appending, so a long run writes a long file: it does so only as

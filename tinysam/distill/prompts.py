@@ -145,10 +145,24 @@ def next_points(
     if policy == "tinysam":
         wrong = torch.where(missed.flatten(1).any(1)[:, None, None], missed, wrong)
     points = sample_points(wrong, generator)
+    return points, click_labels(points, targets, wrong)
+
+
+def click_labels(points: torch.Tensor, targets: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
+    """Foreground where a click is on the object, background where it is not, none where nothing is wrong.
+
+    Args:
+        points: ``(N, 2)`` in input pixels.
+        targets: ``(N, h, w)`` bool.
+        wrong: ``(N, h, w)`` bool.
+
+    Returns:
+        ``(N,)`` int64.
+    """
     pixels = (points / TARGET_STRIDE).long()
     n = torch.arange(len(targets), device=targets.device)
     labels = torch.where(targets[n, pixels[:, 1], pixels[:, 0]], FOREGROUND, BACKGROUND)
-    return points, torch.where(wrong.flatten(1).any(1), labels, NO_POINT)
+    return torch.where(wrong.flatten(1).any(1), labels, NO_POINT)
 
 
 def embed_prompts(encoder: PromptEncoder, prompts: Prompts) -> torch.Tensor:

@@ -8,16 +8,18 @@ import torch
 from segment_anything.modeling import Sam
 
 from tinysam.distill.cache import open_cache
-from tinysam.distill.decoding import at_target_stride, decode, dense_positions
+from tinysam.distill.decoding import Decoded, at_target_stride, decode, dense_positions
 from tinysam.distill.frame import TARGET_STRIDE
 from tinysam.distill.groups import Group
 from tinysam.distill.loading import Reading, load_batches
 from tinysam.distill.losses import mask_iou
-from tinysam.distill.prompts import Prompts, box_prompts, point_prompts
+from tinysam.distill.prompts import Prompts, box_prompts, click_labels, point_prompts
 from tinysam.distill.samples import Sample, SampleConfig
 from tinysam.distill.step import SINGLE_MASK, preprocess
 from tinysam.lake.shards import ShardError
 
+SCORES = ("box", "click", "click_3", "click_best")
+CORRECTIONS = 2
 MASKS = 32
 """Masks of an image that are looked at."""
 
@@ -49,43 +51,73 @@ def validation_batches(urls: Sequence[str], *, images: int, image_size: int) -> 
 
 @torch.no_grad()
 def validate(student: Sam, batches: Iterable[Sample], autocast: torch.autocast) -> dict[str, float]:
-    """Mean IoU of box and of one-click prompts, each mask counted once where samples hold it once.
+    """Mean IoU of box and of click prompts, each mask counted once where samples hold it once.
 
     ``box`` is the single-mask output, ``click`` the ambiguous output of the highest predicted IoU (SAM's use of its
-    outputs), ``click_best`` the best of them. Clicks are on the pixel that a mask covers nearest to its centroid.
+    outputs), ``click_best`` the best of them. ``click_3`` is the single-mask output after two corrections, each of them
+    a click in the middle of what is wrong, and the logits before it.
 
     Args:
         student: in eval mode.
         batches: whole images, so ``origin`` is 0, on the student's device.
     """
-    ious: dict[str, list[torch.Tensor]] = {"box": [], "click": [], "click_best": []}
+    ious: dict[str, list[torch.Tensor]] = {name: [] for name in SCORES}
     for batch in batches:
         with autocast:
             embeddings = student.image_encoder(preprocess(student, batch.image, batch.content_size))
         embeddings = embeddings.float()
         positions = dense_positions(student, batch.origin, embeddings.shape[-1])
-        targets, keep = batch.targets.flatten(0, 1), batch.weight.flatten() > 0
-        with autocast:
-            boxed = decode(student, embeddings, positions, box_prompts(batch.boxes.flatten(0, 1)))
-            clicked = decode(student, embeddings, positions, centre_clicks(targets))
-        box_iou = mask_iou(at_target_stride(boxed.logits), targets[:, None])[:, SINGLE_MASK]
-        click_iou = mask_iou(at_target_stride(clicked.logits), targets[:, None])[:, 1:]
-        chosen = clicked.predicted_iou[:, 1:].argmax(1, keepdim=True)
-        ious["box"].append(box_iou[keep])
-        ious["click"].append(click_iou.gather(1, chosen)[keep, 0])
-        ious["click_best"].append(click_iou.max(1).values[keep])
+        keep = batch.weight.flatten() > 0
+        targets = batch.targets.flatten(0, 1)
+        found = _ious(student, embeddings, positions, targets, batch.boxes.flatten(0, 1), autocast)
+        for name, values in found.items():
+            ious[name].append(values[keep])
     return {name: torch.cat(values).mean().item() if values else float("nan") for name, values in ious.items()}
 
 
-def centre_clicks(targets: torch.Tensor) -> Prompts:
-    """One foreground point for each of ``(N, h, w)`` masks: the covered pixel nearest to the centroid."""
-    height, width = targets.shape[1:]
-    axes = (torch.arange(side, device=targets.device) for side in (height, width))
+def _ious(
+    student: Sam,
+    embeddings: torch.Tensor,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    boxes: torch.Tensor,
+    autocast: torch.autocast,
+) -> dict[str, torch.Tensor]:
+    """``(N,)`` IoUs of each score."""
+
+    def run(prompts: Prompts, mask_logits: torch.Tensor | None = None) -> Decoded:
+        with autocast:
+            return decode(student, embeddings, positions, prompts, mask_logits)
+
+    def iou(logits: torch.Tensor) -> torch.Tensor:
+        return mask_iou(at_target_stride(logits), targets[:, None])
+
+    boxed = iou(run(box_prompts(boxes)).logits)[:, SINGLE_MASK]
+    prompts = point_prompts(centres(targets > 0.5))
+    clicked = run(prompts)
+    clicked_iou = iou(clicked.logits)[:, 1:]
+    chosen = clicked.predicted_iou[:, 1:].argmax(1, keepdim=True)
+    logits = clicked.logits.gather(1, (chosen + 1)[..., None, None].expand(-1, 1, *clicked.logits.shape[2:]))
+    for _ in range(CORRECTIONS):
+        wrong = (at_target_stride(logits)[:, 0] > 0) ^ (targets > 0.5)
+        points = centres(wrong)
+        prompts = prompts.extended(points, click_labels(points, targets > 0.5, wrong))
+        logits = run(prompts, logits.float()).logits[:, SINGLE_MASK, None]
+    return {
+        "box": boxed,
+        "click": clicked_iou.gather(1, chosen)[:, 0],
+        "click_best": clicked_iou.max(1).values,
+        "click_3": iou(logits)[:, 0],
+    }
+
+
+def centres(regions: torch.Tensor) -> torch.Tensor:
+    """Of each of ``(N, h, w)`` regions the pixel nearest to the centroid: ``(N, 2)`` (x, y) in input pixels."""
+    height, width = regions.shape[1:]
+    axes = (torch.arange(side, device=regions.device) for side in (height, width))
     ys, xs = torch.meshgrid(*axes, indexing="ij")
-    mass = targets.sum((1, 2)).clamp(min=1e-6)
-    centre_y, centre_x = ((targets * axis).sum((1, 2)) / mass for axis in (ys, xs))
+    mass = regions.sum((1, 2)).clamp(min=1)
+    centre_y, centre_x = ((regions * axis).sum((1, 2)) / mass for axis in (ys, xs))
     distance = (ys - centre_y[:, None, None]) ** 2 + (xs - centre_x[:, None, None]) ** 2
-    distance = torch.where(targets > 0.5, distance, distance + height * width * 4)
-    index = distance.flatten(1).argmin(1)
-    points = (torch.stack([index % width, index // width], 1) + 0.5) * TARGET_STRIDE
-    return point_prompts(points)
+    index = distance.masked_fill(~regions, torch.inf).flatten(1).argmin(1)
+    return (torch.stack([index % width, index // width], 1) + 0.5) * TARGET_STRIDE

@@ -35,7 +35,12 @@ _QUANTIZATION = (
     *("bytes_int8_encoder", "bytes_float_encoder", "seconds_int8", "seconds_engine_fp32", "seconds_torch_fp32"),
     *("mask_iou", "mask_iou_90", "layers_int8", "layers"),
 )
-_SCORE_COLUMNS = {"val_box": "box", "val_click": "one click", "val_click_best": "one click, best of three"}
+_SCORE_COLUMNS = {
+    "val_box": "box",
+    "val_click": "one click",
+    "val_click_3": "three clicks",
+    "val_click_best": "one click, best of three",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from segment_anything.modeling import Sam
+
+from tinysam.distill import validation
+from tinysam.distill.decoding import Decoded
+from tinysam.distill.prompts import BACKGROUND, FOREGROUND, NO_POINT, Prompts
+from tinysam.distill.validation import SCORES, centres, validate, validation_batches
+
+PLAIN = torch.autocast("cpu", enabled=False)
+
+
+def test_scores_are_shares_and_the_best_of_three_is_best(make_cache: Callable[..., str], tiny_sam: Sam) -> None:
+    batches = validation_batches([make_cache("c", embeddings=False)], images=4, image_size=128)
+    scores = validate(tiny_sam, batches, PLAIN)
+    assert tuple(scores) == SCORES
+    assert all(0 <= value <= 1 for value in scores.values())
+    assert scores["click_best"] >= scores["click"]
+
+
+def test_corrections_say_what_was_wrong_and_see_the_logits_before(
+    make_cache: Callable[..., str], tiny_sam: Sam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [batch] = validation_batches([make_cache("c", embeddings=False)], images=1, image_size=128)
+    asked: list[tuple[Prompts, torch.Tensor | None]] = []
+    sure = 10.0
+
+    def perfect(
+        sam: Sam, embeddings: torch.Tensor, positions: torch.Tensor, prompts: Prompts, before: torch.Tensor | None
+    ) -> Decoded:
+        """Misses everything at first, and is right once it is corrected."""
+        asked.append((prompts, before))
+        truth = torch.nn.functional.avg_pool2d(batch.targets.flatten(0, 1)[:, None], 2) * 2 * sure - sure
+        logits = truth.expand(-1, 4, -1, -1) if before is not None else torch.full_like(truth, -sure)
+        return Decoded(torch.zeros(0), logits.expand(-1, 4, -1, -1), torch.ones(len(truth), 4))
+
+    monkeypatch.setattr(validation, "decode", perfect)
+    scores = validate(tiny_sam, [batch], PLAIN)
+    assert scores["click"] == 0
+    assert scores["click_3"] > 0.8
+    (_, none), (first, none_either), (second, logits), (third, more) = asked
+    assert none is None
+    assert none_either is None
+    assert logits is not None
+    assert more is not None
+    assert [len(prompts.labels[0]) for prompts in (first, second, third)] == [2, 3, 4]
+    assert (second.labels[:, 2] == FOREGROUND).all()
+    assert set(third.labels[:, 3].tolist()) <= {FOREGROUND, BACKGROUND, NO_POINT}
+
+
+def test_a_centre_is_the_regions_pixel_nearest_to_its_centroid() -> None:
+    regions = torch.zeros(2, 9, 9, dtype=torch.bool)
+    regions[0, 2:5, 3:6] = True
+    regions[1, 0, :] = regions[1, 8, :] = regions[1, :, 0] = True  # a C, whose centroid lies outside
+    points = centres(regions)
+    assert points[0].tolist() == [9.0, 7.0]
+    x, y = (points[1] / 2).long().tolist()
+    assert regions[1, y, x]
