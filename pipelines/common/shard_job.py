@@ -46,8 +46,8 @@ MAX_FAILED_SHARDS = 10
 """A run stops after so many failed shards, or after the first when none succeeded before it."""
 
 SHARDS_OF_A_WORKER_AT_ONCE = 4096
-"""Ray is given so many shards for each worker at a time. It keeps 7 kB for each in the driver, which for ten million images
-would be a gigabyte; and workers that start anew after 4096 shards lose no time that counts."""
+"""Ray is given so many shards for each worker at a time. It keeps 7 kB for each in the driver, a gigabyte for ten
+million images; and workers that start anew after 4096 shards lose no time that counts."""
 
 STALL_SECONDS = 24 * 3600
 """How long a job waits without progress, for spot machines to come back. Ray's default gives up after 30 minutes."""
