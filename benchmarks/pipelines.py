@@ -42,8 +42,11 @@ from pipelines.common.shard_job import ShardJob
 from pipelines.common.shard_worker import Placement, ShardWorker
 from pipelines.label_images import LabelImagesConfig
 from tinysam.lake import schema
-from tinysam.lake.plan import plan_shards, read_plan, todo, write_index
+from tinysam.lake.plan import read_plan, todo, write_index, write_plan
 from tinysam.synthetic.write import SceneSet, iter_write
+
+INDEX_BATCH = 65_536
+"""Images that are listed at a time, as ``tinysam.lake.index`` does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,18 +118,19 @@ class SleepingWorker(ShardWorker):
         return pa.Table.from_pylist(done, schema=self.schema)
 
 
-def make_index(images: int) -> pa.Table:
+def iter_index(images: int) -> Iterator[pa.RecordBatch]:
     """An index of images that are nowhere, with names and sizes as lakes have them."""
-    numbers = pa.array(np.arange(images))
-    digits = pc.utf8_lpad(pc.cast(numbers, pa.string()), 9, "0")
-    names = pc.binary_join_element_wise("images/", pc.utf8_slice_codeunits(digits, 0, 5), "/", digits, ".jpg", "")
-    columns = {column.name: pa.nulls(images, column.type) for column in schema.INDEX} | {
-        "image_id": names,
-        "uri": pc.binary_join_element_wise("s3://bucket/lake/", names, ""),
-        "offset": pa.repeat(pa.scalar(0, pa.int64()), images),
-        "size": pc.add(numbers, 300_000),
-    }
-    return pa.table(columns, schema=schema.INDEX)
+    for start in range(0, images, INDEX_BATCH):
+        numbers = pa.array(np.arange(start, min(start + INDEX_BATCH, images)))
+        digits = pc.utf8_lpad(pc.cast(numbers, pa.string()), 9, "0")
+        names = pc.binary_join_element_wise("images/", pc.utf8_slice_codeunits(digits, 0, 5), "/", digits, ".jpg", "")
+        columns = {column.name: pa.nulls(len(numbers), column.type) for column in schema.INDEX} | {
+            "image_id": names,
+            "uri": pc.binary_join_element_wise("s3://bucket/lake/", names, ""),
+            "offset": pa.repeat(pa.scalar(0, pa.int64()), len(numbers)),
+            "size": pc.add(numbers, 300_000),
+        }
+        yield pa.record_batch(columns, schema=schema.INDEX)
 
 
 def peak_mib() -> float:
@@ -141,20 +145,18 @@ def measure_planning(config: Planning) -> list[dict[str, Any]]:
     def step(name: str, start: float) -> None:
         rows.append({"step": name, "seconds": time.perf_counter() - start, "peak MiB": peak_mib()})
 
-    with tempfile.TemporaryDirectory() as output:
+    step("nothing yet", time.perf_counter())
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as output:
         start = time.perf_counter()
-        index = make_index(config.images)
-        step("an index from nowhere", start)
-        start = time.perf_counter()
-        plan = plan_shards(index, images_per_shard=config.images_per_shard)
+        plan = write_plan(Path(scratch), iter_index(config.images), images_per_shard=config.images_per_shard)
         step(f"plan of {len(plan)} shards", start)
         start = time.perf_counter()
         write_index(output, plan)
-        step("writing index.parquet", start)
-        del index, plan
+        step("index to the output", start)
+        del plan
         start = time.perf_counter()
         plan = read_plan(output)
-        step("reading it back", start)
+        step("a resumed run reads it", start)
         start = time.perf_counter()
         todo(plan, output)
         step("what is to do", start)
@@ -167,10 +169,8 @@ def measure_driving(config: Driving) -> list[dict[str, Any]]:
     for workers in config.workers:
         shards = workers * config.shards_per_worker
         with tempfile.TemporaryDirectory() as output, ray_with(cpus=workers):
-            write_index(
-                output,
-                plan_shards(make_index(shards * config.images_per_shard), images_per_shard=config.images_per_shard),
-            )
+            images = iter_index(shards * config.images_per_shard)
+            write_plan(Path(output), images, images_per_shard=config.images_per_shard)
             job = ShardJob(
                 name="driving",
                 config=ShardJobConfig(

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from tinysam.lake import schema
 from tinysam.lake.filesystem import LakeError, MissingError, join, list_files, redact_url, remove
 from tinysam.lake.parquet_file import open_parquet
-from tinysam.lake.plan import INDEX_FILE, Shard, content_hash, read_plan
+from tinysam.lake.plan import INDEX_FILE, Shard, content_hash, read_index, read_plan
 from tinysam.lake.run_record import RunRecord, read_run_record
 from tinysam.lake.shards import (
     COUNTS_KEY,
@@ -76,7 +76,7 @@ def verify(output_url: str, *, progress: Callable[[str, int, int | None], None] 
 
     A shard is whole if its parquet file can be read to the end with the checksum of every page right, has the schema of
     the job and the ids of its part of the index in their order, counts its statuses right, and carries the fingerprint
-    of the run. Memory is that of the index and of a few shards.
+    of the run. Memory is that of all ids and of a few shards.
 
     Args:
         output_url: Output of ``cache_teacher``, ``label_images`` or of one checkpoint of ``evaluate``.
@@ -90,7 +90,7 @@ def verify(output_url: str, *, progress: Callable[[str, int, int | None], None] 
         raise LakeError(f"{redact_url(output_url)} holds no run: it has no run.json. Give the output folder of a job.")
     try:
         plan = read_plan(output_url)
-        damaged = _check_index(plan)
+        damaged = _check_index(output_url, plan)
     except MissingError:
         plan, damaged = [], "it is missing: the run was stopped before it began"
     except LakeError as error:
@@ -147,12 +147,11 @@ def repair(verification: Verification) -> list[str]:
     return deleted
 
 
-def _check_index(plan: Sequence[Shard]) -> str | None:
+def _check_index(output_url: str, plan: Sequence[Shard]) -> str | None:
     """What is wrong with an index; None if nothing is."""
-    if plan:
-        ids = plan[0].index.column("image_id")
-        if pc.count_distinct(ids).as_py() != len(ids):
-            return "an image is in it twice"
+    ids = read_index(output_url, ["image_id"]).column("image_id")
+    if pc.count_distinct(ids).as_py() != len(ids):
+        return "an image is in it twice"
     for shard in plan:
         if not shard.shard_id.endswith(content_hash(shard.rows)):
             return f"the rows of {shard.shard_id} are not those that gave it its name"

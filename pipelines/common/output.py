@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.result import JobResult
 from tinysam.lake.filesystem import exists, join, list_files, remove
-from tinysam.lake.index import build_index
-from tinysam.lake.plan import INDEX_FILE, Shard, extend_plan, read_plan, todo, write_index
+from tinysam.lake.index import iter_index
+from tinysam.lake.plan import INDEX_FILE, Shard, extend_plan, read_plan, todo, write_index, write_plan
 from tinysam.lake.run_record import RUN_FILE, RunRecord, check_same_run
 from tinysam.lake.shards import COUNTS_KEY, SHARDS_FOLDER, read_shard_metadata, shard_url
 
@@ -23,8 +24,9 @@ METADATA_THREADS = 32
 class JobOutput:
     """What a run finds in its output and leaves there."""
 
-    def __init__(self, job: str, config: ShardJobConfig, fingerprint: str) -> None:
-        self._job, self._config, self._fingerprint = job, config, fingerprint
+    def __init__(self, job: str, config: ShardJobConfig, fingerprint: str, scratch: Path) -> None:
+        """``scratch`` is an empty local folder, in which a new plan lies until the run begins."""
+        self._job, self._config, self._fingerprint, self._scratch = job, config, fingerprint, scratch
         self._index_url = join(config.output, INDEX_FILE)
         self._index_changed = False
 
@@ -43,10 +45,14 @@ class JobOutput:
                 plan = read_plan(self._config.output)
         if plan and not self._config.update:
             return plan
-        lake = build_index(self._config.index_config())
-        extended = extend_plan(plan, lake, images_per_shard=self._config.images_per_shard)
-        self._index_changed = len(extended) > len(plan)
-        return extended
+        lake = iter_index(self._config.index_config())
+        size = self._config.images_per_shard
+        if plan:
+            planned = extend_plan(plan, self._scratch, lake, images_per_shard=size)
+        else:
+            planned = write_plan(self._scratch, lake, images_per_shard=size)
+        self._index_changed = len(planned) > len(plan)
+        return planned
 
     def todo(self, plan: Sequence[Shard]) -> list[Shard]:
         """The shards that the output lacks."""

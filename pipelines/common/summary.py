@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pyarrow.compute as pc
 from rich.table import Table
 
 from pipelines.common.cli import console
@@ -29,10 +28,9 @@ def print_dry_run(name: str, config: ShardJobConfig, plan: Sequence[Shard], todo
     left = {shard.shard_id for shard in todo}
     done = [shard for shard in plan if shard.shard_id not in left]
     for label, shards in (("to do", todo), ("done", done), ("all", plan)):
-        sizes = [shard.index["size"].slice(shard.start, shard.num_rows) for shard in shards]
-        known = sum(pc.sum(pc.max_element_wise(column, 0)).as_py() for column in sizes)
-        unknown = any(pc.min(column).as_py() < 0 for column in sizes)
-        size = f"at least {human_bytes(known)}" if unknown else human_bytes(known)
+        size = human_bytes(sum(shard.num_bytes for shard in shards))
+        if not all(shard.sized for shard in shards):
+            size = f"at least {size}"
         table.add_row(label, str(sum(shard.num_rows for shard in shards)), str(len(shards)), size)
     console.print(table)
 

@@ -19,12 +19,12 @@ from pipelines import cache_teacher
 from pipelines.cache_teacher import CacheTeacherConfig, CacheTeacherWorker
 from pipelines.common.cli import JobError
 from pipelines.common.shard_worker import Placement
+from tests.plans import plan_of
 from tinysam.lake import schema
 from tinysam.lake.codecs import decode_embedding
 from tinysam.lake.filesystem import join, list_files
 from tinysam.lake.fingerprint import file_sha256
 from tinysam.lake.index import IndexConfig, build_index
-from tinysam.lake.plan import plan_shards
 from tinysam.lake.rle import decode_rle
 from tinysam.lake.shards import read_shard, read_shard_metadata
 
@@ -36,7 +36,7 @@ def process(lake: Path, annotations: Path | None = None, **options: Any) -> tupl
     config = CacheTeacherConfig(lake=str(lake), output="", **options)
     index = build_index(IndexConfig(lake=str(lake), annotations=str(annotations) if annotations else None))
     worker = CacheTeacherWorker(config, "0" * 64, CPU)
-    [shard] = plan_shards(index, images_per_shard=1000)
+    [shard] = plan_of(index, images_per_shard=1000)
     table = worker.process(shard.rows)
     assert table.schema.equals(schema.EMBEDDING)
     return table.to_pylist(), worker.metadata()

@@ -16,6 +16,7 @@ from pipelines import evaluate
 from pipelines.common.cli import JobError
 from pipelines.common.shard_worker import Placement
 from pipelines.evaluate import EvaluateConfig, EvaluateWorker, labels, prepare_detections
+from tests.plans import plan_of
 from tinysam import SamHierarchicalMaskGenerator
 from tinysam.eval import ClickConfig, EvalConfig, evaluate_image
 from tinysam.eval.detections import read_detections
@@ -25,7 +26,6 @@ from tinysam.eval.summary import summarize
 from tinysam.everything import HierarchicalConfig
 from tinysam.lake.images import decode_image
 from tinysam.lake.index import IndexConfig, build_index
-from tinysam.lake.plan import plan_shards
 from tinysam.lake.rle import encode_rle
 
 # Random weights are sure of nothing, so that only thresholds this low let masks through.
@@ -73,7 +73,7 @@ def labelled(tmp_path: Path, make_lake: Callable[[Path, int], Path]) -> tuple[Pa
 
 def process(config: EvaluateConfig, detections_url: str | None = None) -> list[dict[str, Any]]:
     """Rows of a whole lake, computed in this process."""
-    [shard] = plan_shards(build_index(config.index_config()), images_per_shard=1000)
+    [shard] = plan_of(build_index(config.index_config()), images_per_shard=1000)
     worker = EvaluateWorker(config, config.checkpoints[0], SHA, detections_url, Placement(device="cpu", num_cpus=1))
     table = worker.process(shard.rows)
     assert table.schema.equals(SCORES)

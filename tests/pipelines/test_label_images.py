@@ -17,13 +17,13 @@ from segment_anything.modeling import Sam
 from pipelines import label_images
 from pipelines.common.shard_worker import Placement
 from pipelines.label_images import LabelImagesConfig, LabelImagesWorker
+from tests.plans import plan_of
 from tinysam import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator
 from tinysam.everything.config import HierarchicalConfig
 from tinysam.lake import schema
 from tinysam.lake.filesystem import join, list_files
 from tinysam.lake.images import decode_image
 from tinysam.lake.index import IndexConfig, build_index
-from tinysam.lake.plan import plan_shards
 from tinysam.lake.shards import read_shard_metadata
 
 # Random weights are sure of nothing, so that only thresholds this low let masks through.
@@ -44,7 +44,7 @@ def make_worker(lake: Path, checkpoint: str, **options: Any) -> LabelImagesWorke
 
 def process(lake: Path, worker: LabelImagesWorker) -> list[dict[str, Any]]:
     """Rows of a whole lake, computed in this process."""
-    [shard] = plan_shards(build_index(IndexConfig(lake=str(lake))), images_per_shard=1000)
+    [shard] = plan_of(build_index(IndexConfig(lake=str(lake))), images_per_shard=1000)
     table = worker.process(shard.rows)
     assert table.schema.equals(schema.MASKS)
     return table.to_pylist()

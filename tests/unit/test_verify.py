@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.plans import plan_of
 from tinysam.cli import main
 from tinysam.lake import schema
 from tinysam.lake.filesystem import LakeError
-from tinysam.lake.plan import Shard, plan_shards, todo, write_index
+from tinysam.lake.plan import Shard, todo, write_index
 from tinysam.lake.run_record import RunRecord
 from tinysam.lake.shards import read_shard, shard_url, write_shard
 from tinysam.verify import repair, verify
@@ -49,7 +50,7 @@ def write(output: str, shard: Shard, rows: pa.Table | None = None, **changes: st
 def output(tmp_path: Path) -> tuple[str, list[Shard]]:
     """A finished output of four shards, and its plan."""
     url = str(tmp_path / "output")
-    plan = plan_shards(make_index(11), images_per_shard=3)
+    plan = plan_of(make_index(11), images_per_shard=3)
     RunRecord(job="label_images", config={}, fingerprint=FINGERPRINT).write(url)
     write_index(url, plan)
     for shard in plan:

@@ -52,31 +52,33 @@ class IndexConfig:
             raise ValueError(f"limit is {self.limit}; it must be at least 1")
 
 
-def build_index(config: IndexConfig) -> pa.Table:
-    """Lists a lake.
+def iter_index(config: IndexConfig) -> Iterator[pa.RecordBatch]:
+    """Lists a lake, and keeps no more in memory than the listing of a folder: a hundred million images are no burden.
 
-    Nothing but listings, tar headers, parquet footers and the annotation file is read, a folder at a time; with a
-    ``limit`` the listing stops there.
+    Nothing but listings, tar headers, parquet footers and the annotation file is read; with a ``limit`` the listing
+    stops there. An annotation file is matched to all ids at once, so with one the index is built whole.
 
-    Returns:
-        ``schema.INDEX`` sorted by ``image_id``, ``shard_id`` null.
+    Yields:
+        ``schema.INDEX`` sorted by ``image_id``, ``shard_id`` null; at least one row in all.
 
     Raises:
         LakeError: If the lake is missing, holds no images, holds a compressed or damaged container, or names an image
             twice; or if the annotation file cannot be read or names none of the images.
     """
+    if config.annotations:
+        yield from build_index(config).to_batches(max_chunksize=_BATCH_ROWS)
+    else:
+        yield from _listed(config, config.limit)
+
+
+def build_index(config: IndexConfig) -> pa.Table:
+    """``iter_index`` as one table, which takes about 120 bytes of memory for each image.
+
+    Raises:
+        LakeError: As ``iter_index``.
+    """
     # File names in the annotations are told apart by all ids of the lake, so a limit cannot stop the listing then.
-    rows = _rows(config)
-    index = _to_table(rows if config.annotations else itertools.islice(rows, config.limit))
-    if index.num_rows == 0:
-        chosen = " that --include and --exclude let through" if config.include or config.exclude else ""
-        raise LakeError(
-            f"{redact_url(config.lake)} holds no images{chosen}. A lake is a folder or bucket of image files, tars "
-            "(uncompressed) and parquet files with an image column."
-        )
-    if not _is_sorted(index):  # a listing is, as a rule, and sorting would need its memory once more
-        index = index.sort_by("image_id")
-        _check_unique(index, config.lake)
+    index = pa.Table.from_batches(_listed(config, None if config.annotations else config.limit))
     if config.annotations:
         index = CocoFile.read(config.annotations).attach_to(index)
     return index if config.limit is None else index.slice(0, config.limit)
@@ -157,27 +159,32 @@ def _container_rows(file: LakeFile) -> _Rows:
     return parquet_rows(file) if file.kind == "parquet" else tar_rows(file)
 
 
-def _to_table(rows: Iterable[dict[str, Any]]) -> pa.Table:
-    rows = iter(rows)
-    batches = []
+def _listed(config: IndexConfig, limit: int | None) -> Iterator[pa.RecordBatch]:
+    rows = itertools.islice(_rows(config), limit)
+    last = pa.array([], pa.string())
     while batch := list(itertools.islice(rows, _BATCH_ROWS)):
-        batches.append(pa.RecordBatch.from_pylist(batch, schema=schema.INDEX))
-    return pa.Table.from_batches(batches, schema=schema.INDEX)
+        records = pa.RecordBatch.from_pylist(batch, schema=schema.INDEX)
+        ids = pa.concat_arrays([last, records.column("image_id")])
+        _check_order(ids, config.lake)
+        last = ids[-1:]
+        yield records
+    if not len(last):
+        chosen = " that --include and --exclude let through" if config.include or config.exclude else ""
+        raise LakeError(
+            f"{redact_url(config.lake)} holds no images{chosen}. A lake is a folder or bucket of image files, tars "
+            "(uncompressed) and parquet files with an image column."
+        )
 
 
-def _is_sorted(index: pa.Table) -> bool:
-    """Tells whether the ids are in order, and so all different."""
-    ids = index.column("image_id")
-    return pc.all(pc.less(ids.slice(0, len(ids) - 1), ids.slice(1)), min_count=0).as_py()
-
-
-def _check_unique(index: pa.Table, lake: str) -> None:
-    previous = None
-    for batch in index.column("image_id").chunks:
-        for name in batch.to_pylist():
-            if name == previous:
-                raise LakeError(
-                    f"{redact_url(lake)} has two images called {name!r} (a folder and a tar of one name). Rename one, "
-                    "or leave it out with --exclude."
-                )
-            previous = name
+def _check_order(ids: pa.Array, lake: str) -> None:
+    """Ids in order are all different, and a listing is in order but for one case."""
+    in_order = pc.less(ids[:-1], ids[1:])
+    if pc.all(in_order, min_count=0).as_py():
+        return
+    place = pc.index(in_order, False).as_py()
+    first, second = ids[place].as_py(), ids[place + 1].as_py()
+    what = f"two images called {first!r}" if first == second else f"{second!r} behind {first!r}"
+    raise LakeError(
+        f"{redact_url(lake)} has {what}: a folder and a container (tar, parquet) of one name. Rename one, or leave it "
+        "out with --exclude."
+    )

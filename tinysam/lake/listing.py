@@ -149,7 +149,7 @@ def _list_folder(fs: fsspec.AbstractFileSystem, url: str, root: str, prefix: str
     folder = f"{root.rstrip('/')}/{prefix}".rstrip("/") or "/"
     with explained(url_of(url, folder)):
         entries = fs.ls(folder, detail=True)
-    listed: dict[str, tuple[str, Kind | None, dict[str, Any]]] = {}
+    listed: list[tuple[str, str, Kind | None, dict[str, Any]]] = []
     sidecars = {}
     for entry in entries:
         name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
@@ -159,16 +159,16 @@ def _list_folder(fs: fsspec.AbstractFileSystem, url: str, root: str, prefix: str
         entry_type = _type_behind(entry)
         kind = kind_of(name)
         if entry_type == "directory":
-            listed[name + "/"] = (name, None, entry)
+            listed.append((name + "/", name, None, entry))
         elif entry_type != "file":
             continue
         elif kind is not None:
-            listed[_sort_key(name, kind)] = (name, kind, entry)
+            listed.append((_sort_key(name, kind), name, kind, entry))
         elif name.lower().endswith(".json"):
             sidecars[name.rsplit(".", 1)[0]] = url_of(url, entry["name"])
     del entries
-    for key in sorted(listed):
-        name, kind, entry = listed[key]
+    # A bucket can hold "a.tar" and "a.tar/1.png", so keys may tie.
+    for key, name, kind, entry in sorted(listed, key=lambda found: found[0]):
         if kind is None:
             yield from _list_folder(fs, url, root, prefix + key)
             continue

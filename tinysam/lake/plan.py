@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import base64
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,17 +24,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tinysam.lake import schema
-from tinysam.lake.filesystem import LakeError, join, list_files, redact_url, write_once
+from tinysam.lake.filesystem import LakeError, explained, join, list_files, redact_url, write_stream_once
 from tinysam.lake.parquet_file import open_parquet
 from tinysam.lake.shards import SHARDS_FOLDER
 
 INDEX_FILE = "index.parquet"
 
-_ROW_GROUP_SIZE = 8192  # what a worker reads to find the rows of a shard: about a megabyte
+_ROW_GROUP_SIZE = 8192  # at most, or one shard: what a worker reads to find its rows, about a megabyte
+_KNOWN_AT_ONCE = 1 << 20  # images that are looked up together: pyarrow hashes all known ids for each lookup
 _REMEDY = "Delete it and run the job that wrote it again."
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """Images that are processed together and written as one object."""
 
@@ -41,86 +45,81 @@ class Shard:
     """Its first row in the plan's index."""
     num_rows: int
     """Its images."""
-    index: pa.Table = dataclasses.field(repr=False, compare=False)
-    """``schema.INDEX`` of the whole plan, shared by its shards: a plan of millions of images has no second copy."""
+    num_bytes: int
+    """Of its images' files, as far as the listing told them."""
+    sized: bool
+    """Whether the listing told them all."""
+    index: IndexReader = dataclasses.field(repr=False, compare=False)
+    """Where its rows lie. A plan of ten million images keeps none of them in memory."""
 
     @property
     def rows(self) -> pa.Table:
-        """``schema.INDEX`` of its images, ``shard_id`` set."""
-        names = pa.repeat(pa.scalar(self.shard_id, pa.string()), self.num_rows)
-        return _set_shard_id(self.index.slice(self.start, self.num_rows), names)
+        """``schema.INDEX`` of its images, ``shard_id`` set.
+
+        Raises:
+            LakeError: If the index cannot be read.
+        """
+        return self.index.read(self.start, self.num_rows)
 
 
-def plan_shards(index: pa.Table, *, images_per_shard: int) -> list[Shard]:
-    """Cuts an index into shards of neighbours.
+def write_plan(folder: Path, images: Iterable[pa.RecordBatch], *, images_per_shard: int) -> list[Shard]:
+    """Cuts an index into shards of neighbours, and writes it to ``<folder>/index.parquet`` on the way.
 
     Args:
-        index: ``schema.INDEX``, sorted by ``image_id`` as ``build_index`` returns it.
+        folder: On the local disk.
+        images: ``schema.INDEX``, sorted by ``image_id`` as ``iter_index`` yields it. Its chunks make no difference.
         images_per_shard: Rows of each shard; the last may have fewer.
 
     Raises:
+        LakeError: If the disk is full.
         ValueError: If ``images_per_shard`` is not positive.
     """
-    return _cut(index, 0, images_per_shard, first_number=0)
+    _check(images_per_shard)
+    with _writer(folder) as writer:
+        return _cut(images, writer, images_per_shard, IndexReader(str(folder)))
 
 
-def planned_shards(index: pa.Table) -> list[Shard]:
-    """The shards of an index whose ``shard_id`` is set, as ``read_index`` returns it.
-
-    Raises:
-        ValueError: If a row has no shard, or the rows of one are not neighbours.
-    """
-    names = index.column("shard_id").combine_chunks()
-    runs = pc.run_end_encode(names, run_end_type=pa.int64())
-    ends, shard_ids = runs.run_ends.to_pylist(), runs.values.to_pylist()
-    if None in shard_ids or len(set(shard_ids)) < len(shard_ids):
-        raise ValueError("its images are not in order of their shards")
-    return [
-        Shard(shard_id=shard_id, start=start, num_rows=end - start, index=index)
-        for shard_id, start, end in zip(shard_ids, [0, *ends][:-1], ends, strict=True)
-    ]
-
-
-def extend_plan(plan: Sequence[Shard], lake: pa.Table, *, images_per_shard: int) -> list[Shard]:
+def extend_plan(
+    plan: Sequence[Shard], folder: Path, lake: Iterable[pa.RecordBatch], *, images_per_shard: int
+) -> list[Shard]:
     """Adds the images that a lake has gained as new shards behind those of a plan, which stay as they are.
 
     Images are known by their ids: those that are gone from the lake stay in the plan, and an image that was replaced
     under its name is not looked at again.
 
     Args:
-        plan: What was planned before; may be empty.
+        plan: What was planned before, at least one shard.
+        folder: On the local disk; the new index goes to ``<folder>/index.parquet``.
         lake: ``schema.INDEX`` of the lake as it is now, sorted by ``image_id``.
         images_per_shard: Rows of each new shard; the last may have fewer.
 
     Raises:
+        LakeError: If the old index cannot be read, or the disk is full.
         ValueError: If ``images_per_shard`` is not positive.
     """
-    if not plan:
-        return plan_shards(lake, images_per_shard=images_per_shard)
-    known = plan[0].index
-    is_new = pc.invert(pc.is_in(lake.column("image_id"), value_set=known.column("image_id")))
-    index = pa.concat_tables([known, lake.filter(is_new)])
-    before = [dataclasses.replace(shard, index=index) for shard in plan]
-    return before + _cut(index, known.num_rows, images_per_shard, first_number=len(plan))
+    _check(images_per_shard)
+    before, after = plan[0].index, IndexReader(str(folder))
+    known = pa.concat_tables(before.groups(["image_id"])).column("image_id")
+    with _writer(folder) as writer:
+        for group in before.groups():
+            writer.write_table(group)
+        gained = (
+            batch
+            for rows in _regrouped(lake, _KNOWN_AT_ONCE)
+            for batch in rows.filter(pc.invert(pc.is_in(rows.column("image_id"), value_set=known))).to_batches()
+        )
+        new = _cut(gained, writer, images_per_shard, after, first_row=len(known), first_number=len(plan))
+    return [*(dataclasses.replace(shard, index=after) for shard in plan), *new]
 
 
 def write_index(output_url: str, plan: Sequence[Shard]) -> None:
-    """Writes ``<output_url>/index.parquet``: ``schema.INDEX`` of all shards, ``shard_id`` set.
+    """Copies the index of a plan to ``<output_url>/index.parquet``: the plan is the output's from then on.
 
     Raises:
         LakeError: If the storage refuses.
     """
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, schema.INDEX, compression="zstd", write_page_checksum=True) as writer:
-        if plan:
-            index = plan[0].index
-            sizes = pa.array([shard.num_rows for shard in plan], pa.int64())
-            shard_of_row = pa.array(np.repeat(np.arange(len(plan)), sizes))
-            shard_ids = pa.array([shard.shard_id for shard in plan], pa.string())
-            for start in range(0, index.num_rows, _ROW_GROUP_SIZE):
-                names = shard_ids.take(shard_of_row[start : start + _ROW_GROUP_SIZE])
-                writer.write_table(_set_shard_id(index.slice(start, _ROW_GROUP_SIZE), names))
-    write_once(join(output_url, INDEX_FILE), sink.getvalue().to_pybytes())
+    with Path(plan[0].index.url).open("rb") as source:
+        write_stream_once(join(output_url, INDEX_FILE), lambda file: shutil.copyfileobj(source, file))
 
 
 def read_index(output_url: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -139,47 +138,79 @@ def read_plan(output_url: str) -> list[Shard]:
 
     Raises:
         MissingError: If it is not there.
-        LakeError: If it is damaged.
+        LakeError: If it is damaged, or no plan wrote it.
     """
-    try:
-        return planned_shards(read_index(output_url))
-    except ValueError as error:
-        url = redact_url(join(output_url, INDEX_FILE))
-        raise LakeError(f"{url} is not the index of a job: {error}. {_REMEDY}") from error
+    reader = IndexReader(output_url)
+    shards: list[Shard] = []
+    row = 0
+    for rows in reader.groups(["shard_id", "size"]):
+        runs = pc.run_end_encode(rows.column("shard_id").combine_chunks(), run_end_type=pa.int64())
+        ends = runs.run_ends.to_numpy()
+        starts = np.concatenate([[0], ends[:-1]])
+        places = zip(runs.values.to_pylist(), starts.tolist(), ends.tolist(), strict=True)
+        totals = zip(*_sizes(rows.column("size").to_numpy(), starts), strict=True)
+        for (shard_id, start, end), (num_bytes, sized) in zip(places, totals, strict=True):
+            shard = Shard(
+                shard_id=shard_id,
+                start=row + start,
+                num_rows=end - start,
+                num_bytes=num_bytes,
+                sized=sized,
+                index=reader,
+            )
+            if shards and shards[-1].shard_id == shard_id:  # the group before ended within it
+                shard = _joined(shards.pop(), shard)
+            shards.append(shard)
+        row += rows.num_rows
+    ids = {shard.shard_id for shard in shards}
+    if None in ids or len(ids) < len(shards):
+        reason = "its images are not in order of their shards"
+        raise LakeError(f"{redact_url(reader.url)} is not the index of a job: {reason}. {_REMEDY}")
+    return shards
 
 
 class IndexReader:
     """Reads parts of ``<output_url>/index.parquet``; the row groups around them stay in memory for the next call."""
 
     def __init__(self, output_url: str) -> None:
-        self._url = join(output_url, INDEX_FILE)
+        self.url = join(output_url, INDEX_FILE)
         self._ends: list[int] = []
         self._groups: dict[int, pa.Table] = {}
 
     def read(self, start: int, num_rows: int) -> pa.Table:
-        """Reads ``num_rows`` rows from ``start`` on, at least one: ``schema.INDEX``.
+        """Reads ``num_rows`` rows from ``start`` on, at least one: ``schema.INDEX``. Threads may share a reader.
 
         Raises:
             LakeError: If the index is missing, damaged, or has no such rows.
         """
-        if not self._covered(start, num_rows):
-            with open_parquet(self._url, remedy=_REMEDY) as parquet:
+        groups = self._groups
+        if not self._ends or any(group not in groups for group in self._wanted(start, num_rows)):
+            with open_parquet(self.url, remedy=_REMEDY) as parquet:
                 footer = parquet.metadata
                 sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
                 self._ends = list(itertools.accumulate(sizes))
                 if start + num_rows > footer.num_rows:
-                    raise LakeError(f"{redact_url(self._url)} has fewer rows than planned. {_REMEDY}")
-                self._groups = {group: parquet.read_row_group(group) for group in self._wanted(start, num_rows)}
+                    raise LakeError(f"{redact_url(self.url)} has fewer rows than planned. {_REMEDY}")
+                groups = {group: parquet.read_row_group(group) for group in self._wanted(start, num_rows)}
+            self._groups = groups
         wanted = self._wanted(start, num_rows)
-        rows = pa.concat_tables([self._groups[group] for group in wanted])
+        rows = pa.concat_tables([groups[group] for group in wanted])
         return rows.slice(start - (self._ends[wanted[0] - 1] if wanted[0] else 0), num_rows)
+
+    def groups(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """All rows in order, or only some of their columns, a row group at a time.
+
+        Raises:
+            MissingError: If the index is not there.
+            LakeError: If it is damaged.
+        """
+        with open_parquet(self.url, remedy=_REMEDY) as parquet:
+            for group in range(parquet.num_row_groups):
+                yield parquet.read_row_group(group, columns=None if columns is None else list(columns))
 
     def _wanted(self, start: int, num_rows: int) -> range:
         last = bisect.bisect_right(self._ends, start + num_rows - 1)
         return range(bisect.bisect_right(self._ends, start), last + 1)
-
-    def _covered(self, start: int, num_rows: int) -> bool:
-        return bool(self._ends) and all(group in self._groups for group in self._wanted(start, num_rows))
 
 
 def todo(plan: Sequence[Shard], output_url: str) -> list[Shard]:
@@ -198,21 +229,87 @@ def content_hash(rows: pa.Table) -> str:
     return _hash_values(_plain_columns(rows), 0, rows.num_rows)
 
 
-def _cut(index: pa.Table, first_row: int, images_per_shard: int, *, first_number: int) -> list[Shard]:
+def _check(images_per_shard: int) -> None:
     if images_per_shard < 1:
         raise ValueError(f"images_per_shard is {images_per_shard}; it must be at least 1")
+
+
+@contextlib.contextmanager
+def _writer(folder: Path) -> Iterator[pq.ParquetWriter]:
+    path = folder / INDEX_FILE
+    with (
+        explained(str(path), writing=True),
+        pq.ParquetWriter(path, schema.INDEX, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        yield writer
+
+
+def _cut(
+    images: Iterable[pa.RecordBatch],
+    writer: pq.ParquetWriter,
+    images_per_shard: int,
+    index: IndexReader,
+    *,
+    first_row: int = 0,
+    first_number: int = 0,
+) -> list[Shard]:
     shards: list[Shard] = []
-    # Python values of many shards at a time: fetching them shard by shard would take most of the time.
-    block = max(_ROW_GROUP_SIZE // images_per_shard, 1) * images_per_shard
-    for block_start in range(first_row, index.num_rows, block):
-        rows = index.slice(block_start, block)
+    # A row group is a whole number of shards, so that a worker reads one. Python values are fetched for all of them at
+    # once: shard by shard it would take most of the time.
+    for rows in _regrouped(images, max(_ROW_GROUP_SIZE // images_per_shard, 1) * images_per_shard):
         columns = _plain_columns(rows)
-        for start in range(0, rows.num_rows, images_per_shard):
-            num_rows = min(images_per_shard, rows.num_rows - start)
-            digits = _hash_values(columns, start, num_rows)
-            shard_id = f"shard-{first_number + len(shards):05d}-{digits}"
-            shards.append(Shard(shard_id=shard_id, start=block_start + start, num_rows=num_rows, index=index))
+        starts = np.arange(0, rows.num_rows, images_per_shard)
+        ends = np.append(starts[1:], rows.num_rows)
+        totals = zip(*_sizes(rows.column("size").to_numpy(), starts), strict=True)
+        cut = [
+            Shard(
+                shard_id=f"shard-{number:05d}-{_hash_values(columns, start, end - start)}",
+                start=first_row + start,
+                num_rows=end - start,
+                num_bytes=num_bytes,
+                sized=sized,
+                index=index,
+            )
+            for number, (start, end, (num_bytes, sized)) in enumerate(
+                zip(starts.tolist(), ends.tolist(), totals, strict=True), start=first_number + len(shards)
+            )
+        ]
+        names = pa.array([shard.shard_id for shard in cut], pa.string())
+        writer.write_table(_set_shard_id(rows, names.take(pa.array(np.repeat(np.arange(len(cut)), ends - starts)))))
+        first_row += rows.num_rows
+        shards += cut
     return shards
+
+
+def _regrouped(batches: Iterable[pa.RecordBatch], num_rows: int) -> Iterator[pa.Table]:
+    """The same rows in tables of ``num_rows``, the last of which may have fewer."""
+    waiting: list[pa.RecordBatch] = []
+    count = 0
+    for batch in batches:
+        waiting.append(batch)
+        count += batch.num_rows
+        while count >= num_rows:
+            table = pa.Table.from_batches(waiting)
+            yield table.slice(0, num_rows)
+            count -= num_rows
+            waiting = table.slice(num_rows).to_batches()
+    if count:
+        yield pa.Table.from_batches(waiting)
+
+
+def _sizes(sizes: np.ndarray, starts: np.ndarray) -> tuple[list[int], list[bool]]:
+    """Bytes of each part as far as they are known, and whether all are; parts begin at ``starts``."""
+    known = np.add.reduceat(np.maximum(sizes, 0), starts)
+    return known.tolist(), (np.minimum.reduceat(sizes, starts) >= 0).tolist()
+
+
+def _joined(first: Shard, second: Shard) -> Shard:
+    return dataclasses.replace(
+        first,
+        num_rows=first.num_rows + second.num_rows,
+        num_bytes=first.num_bytes + second.num_bytes,
+        sized=first.sized and second.sized,
+    )
 
 
 def _set_shard_id(rows: pa.Table, names: pa.Array | pa.ChunkedArray) -> pa.Table:

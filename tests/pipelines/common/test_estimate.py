@@ -12,8 +12,8 @@ from pipelines.common.estimate import measure
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.shard_worker import Placement, ShardWorker
 from pipelines.common.summary import print_dry_run, print_estimate
+from tests.plans import plan_of
 from tinysam.lake import schema
-from tinysam.lake.plan import plan_shards
 
 SECONDS = 0.02
 
@@ -46,7 +46,7 @@ def config(**options: object) -> ShardJobConfig:
 
 
 def test_an_estimate_follows_from_images_spread_over_what_is_to_do() -> None:
-    todo = plan_shards(index_of(100), images_per_shard=8)[3:]
+    todo = plan_of(index_of(100), images_per_shard=8)[3:]
     estimate = measure(TimedWorker, config(dry_run_images=5, num_workers=4, num_gpus_per_worker=0.5), todo)
     assert TimedWorker.seen[1:] == ["024", "042", "061", "080", "099"]
     assert (estimate.images, estimate.sample) == (76, 5)
@@ -59,14 +59,14 @@ def test_an_estimate_follows_from_images_spread_over_what_is_to_do() -> None:
 
 
 def test_a_sample_is_never_more_than_there_is() -> None:
-    assert measure(TimedWorker, config(dry_run_images=50), plan_shards(index_of(3), images_per_shard=2)).sample == 3
+    assert measure(TimedWorker, config(dry_run_images=50), plan_of(index_of(3), images_per_shard=2)).sample == 3
 
 
 @pytest.mark.parametrize(("size", "text"), [(1024, "10.0 KiB"), (-1, "at least 0 B")])
 def test_a_dry_run_says_sizes_as_far_as_they_are_known(
     size: int, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = plan_shards(index_of(10, size), images_per_shard=4)
+    plan = plan_of(index_of(10, size), images_per_shard=4)
     print_dry_run("job", config(), plan, plan)
     print_estimate(measure(TimedWorker, config(dry_run_images=2), plan))
     printed = capsys.readouterr().out

@@ -111,6 +111,20 @@ def test_a_shard_that_fails_costs_no_other_and_is_done_again_later(
 
 
 @pytest.mark.usefixtures("ray_address")
+def test_a_plan_that_ray_is_given_in_parts_is_done_whole(
+    tmp_path: Path, read_output: Callable[[str], pa.Table], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.common.shard_job.SHARDS_OF_A_WORKER_AT_ONCE", 2)
+    lake = name_images(tmp_path / "lake", *"abcde")
+    output = str(tmp_path / "output")
+    assert echo_job(lake, output).run() == 0
+    assert read_output(output)["image_id"].to_pylist() == [f"{name}.jpg" for name in "abcde"]
+    record = read_run_record(output)
+    assert record is not None
+    assert (record.counts, record.extra["finished"]) == ({"ok": 5}, True)
+
+
+@pytest.mark.usefixtures("ray_address")
 def test_when_nothing_works_the_job_stops_at_the_first_failure(tmp_path: Path) -> None:
     lake = name_images(tmp_path / "lake", *(f"{i:02d}-fail" for i in range(30)))
     with pytest.raises(JobError, match="1 shards failed"):

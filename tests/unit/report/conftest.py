@@ -13,9 +13,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from tests.plans import plan_of
 from tinysam.lake import schema
 from tinysam.lake.index import IndexConfig, build_index
-from tinysam.lake.plan import plan_shards, write_index
+from tinysam.lake.plan import write_index
 from tinysam.lake.rle import encode_rle, rle_area, rle_bbox
 from tinysam.lake.run_record import RunRecord
 from tinysam.lake.shards import SHARDS_FOLDER, write_shard
@@ -65,7 +66,7 @@ def make_labels(tmp_path: Path, rng: np.random.Generator) -> MakeLabels:
             Image.fromarray(rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8)).save(buffer, "PNG")
             broken = len(what) == 2 and what[0] == "truncated"
             path.write_bytes(buffer.getvalue()[:100] if broken else buffer.getvalue())
-        plan = plan_shards(build_index(IndexConfig(lake=str(lake))), images_per_shard=images_per_shard)
+        plan = plan_of(build_index(IndexConfig(lake=str(lake))), images_per_shard=images_per_shard)
         counts: dict[str, int] = {}
         for shard in plan[:done]:
             rows = []
