@@ -23,6 +23,12 @@ class WorkerResources:
     num_gpus: float
     """GPUs that each of them reserves."""
 
+    @property
+    def shards_in_hand(self) -> int:
+        """Shards that a worker holds: on a GPU it computes one while it writes another. A CPU takes minutes for a shard
+        and less than a second to write it, so one that waits behind another there would be better off elsewhere."""
+        return 2 if self.placement.device == "cuda" else 1
+
 
 def plan_workers(config: ShardJobConfig, num_shards: int) -> WorkerResources:
     """Fills in what the flags leave open, from what the running cluster has; never more workers than shards."""

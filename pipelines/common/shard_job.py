@@ -201,7 +201,12 @@ class ShardJob:
             ShardActor,
             batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=resources.num_workers, max_tasks_in_flight_per_actor=1),
+            compute=ActorPoolStrategy(
+                size=resources.num_workers,
+                max_tasks_in_flight_per_actor=resources.shards_in_hand,
+                max_concurrent_calls_per_actor=resources.shards_in_hand,
+                enable_true_multi_threading=True,
+            ),
             fn_constructor_args=(self.make_worker, resources.placement, order, ledger),
             num_cpus=resources.placement.num_cpus,
             num_gpus=resources.num_gpus,

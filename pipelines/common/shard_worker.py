@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -103,8 +105,24 @@ class WorkOrder:
     """Whether shards that exist are to be written again, with new rows for the images that failed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Computed:
+    """A shard that only needs to be written."""
+
+    table: pa.Table
+    metadata: dict[str, str]
+    """Of the file."""
+    report: dict[str, Any]
+    """Fields of its ``RESULT``."""
+    seconds: dict[str, float]
+    """Spent so far, by stage."""
+
+
 class ShardActor:
-    """The callable that Ray Data keeps alive in each worker: the place of a shard in, a ``RESULT`` row out."""
+    """The callable that Ray Data keeps alive in each worker: the place of a shard in, a ``RESULT`` row out.
+
+    Called from two threads, it computes one shard while it writes the one before.
+    """
 
     def __init__(
         self,
@@ -116,6 +134,7 @@ class ShardActor:
         self._make_worker, self._placement, self._order, self._ledger = make_worker, placement, order, ledger
         self._index = IndexReader(order.output)
         self._worker: ShardWorker | None = None
+        self._computing, self._writing = threading.Lock(), threading.Lock()
         self._name = ray.get_runtime_context().get_actor_id()
 
     def __call__(self, item: pa.Table) -> pa.Table:
@@ -124,24 +143,31 @@ class ShardActor:
         result: dict[str, Any] = {"shard_id": shard_id, "worker": self._name, "stopped": False}
         start = time.perf_counter()
         try:
-            attempt = ray.get(self._ledger.begin.remote(shard_id))
-            if attempt is None:
-                result["stopped"] = True
-            elif attempt.number > MAX_ATTEMPTS:
-                result["failure"] = (
-                    f"its worker died {MAX_ATTEMPTS} times before it came to an image: the model needs more memory "
-                    "than there is (fewer workers or more --num-cpus-per-worker leave more for each)"
-                )
-            else:
-                rows = patiently(lambda: self._index.read(place["start"], place["num_rows"]))
-                result |= self._run(shard_id, rows, attempt)
+            with ExitStack() as writing:
+                with self._computing:
+                    start, computed = time.perf_counter(), None
+                    attempt = ray.get(self._ledger.begin.remote(shard_id))
+                    if attempt is None:
+                        result["stopped"] = True
+                    elif attempt.number > MAX_ATTEMPTS:
+                        result["failure"] = (
+                            f"its worker died {MAX_ATTEMPTS} times before it came to an image: the model needs more "
+                            "memory than there is (fewer workers or more --num-cpus-per-worker leave more for each)"
+                        )
+                    else:
+                        rows = patiently(lambda: self._index.read(place["start"], place["num_rows"]))
+                        computed = self._compute(shard_id, rows, attempt)
+                    # Before another shard is begun: a worker says that it stopped after its last shard is written.
+                    writing.enter_context(self._writing)
+                if computed is not None:
+                    result |= self._write(shard_id, computed)
         except Exception as error:
             # The boundary of the worker: the driver reports the failure, and the other shards go on.
             logger.exception("shard %s failed", shard_id)
             result["failure"] = f"{type(error).__name__}: {error}"
         return pa.Table.from_pylist([result | {"seconds": time.perf_counter() - start}], schema=RESULT)
 
-    def _run(self, shard_id: str, rows: pa.Table, attempt: Attempt) -> dict[str, Any]:
+    def _compute(self, shard_id: str, rows: pa.Table, attempt: Attempt) -> Computed:
         start = time.perf_counter()
         loading = {}
         if self._worker is None:
@@ -165,14 +191,19 @@ class ShardActor:
             COUNTS_KEY: json.dumps(counts),
             **worker.metadata(),
         }
-        with worker.clock.stage("write"):
-            patiently(lambda: write_shard(join(self._order.output, SHARDS_FOLDER), shard_id, table, metadata))
-        return {
+        report = {
             "images": rows.num_rows,
             "bytes_read": sum(size for size in rows["size"].to_pylist() if size > 0),
             "counts": json.dumps(counts),
-            "time_split": json.dumps(loading | worker.clock.take()),
         }
+        return Computed(table=table, metadata=metadata, report=report, seconds=loading | worker.clock.take())
+
+    def _write(self, shard_id: str, computed: Computed) -> dict[str, Any]:
+        start = time.perf_counter()
+        folder = join(self._order.output, SHARDS_FOLDER)
+        patiently(lambda: write_shard(folder, shard_id, computed.table, computed.metadata))
+        seconds = computed.seconds | {"write": time.perf_counter() - start}
+        return computed.report | {"time_split": json.dumps(seconds)}
 
     def _earlier(self, shard_id: str, rows: pa.Table) -> pa.Table | None:
         """The shard as an earlier run wrote it; None where none did."""

@@ -44,16 +44,16 @@ def output_by_head(projection: nn.Linear, heads: int) -> Tensor:
 
 def by_shared(x: Tensor, shared: Tensor) -> Tensor:
     """(B, H, T, d) by (H, d, N), as (B, H, T, N): one product a head for all prompts."""
-    n_prompts, heads, n_tokens, _ = x.shape
+    n_prompts, _, n_tokens, _ = x.shape
     product = torch.bmm(x.transpose(0, 1).flatten(1, 2), shared)
-    return product.view(heads, n_prompts, n_tokens, -1).transpose(0, 1)
+    return product.unflatten(1, (n_prompts, n_tokens)).transpose(0, 1)
 
 
 def average_shared(weights: Tensor, shared: Tensor) -> Tensor:
     """(B, H, T, N) by (H, N, d), as (B, H, T, d): one product a head for all prompts."""
-    n_prompts, heads, n_tokens, _ = weights.shape
+    n_prompts, _, n_tokens, _ = weights.shape
     product = torch.bmm(weights.transpose(0, 1).flatten(1, 2), shared)
-    return product.view(heads, n_prompts, n_tokens, -1).transpose(0, 1)
+    return product.unflatten(1, (n_prompts, n_tokens)).transpose(0, 1)
 
 
 def as_linear(convolution: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""The decoders of everything mode behind one function: low-rank where that is cheaper, SAM's own elsewhere."""
+"""The decoders of everything mode behind one function: low-rank where that is cheaper, SAM's own elsewhere.
+
+The low-rank one runs on an engine where the model carries one and the prompts are many (``graph_decoder``).
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,14 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from tinysam.everything.flops import DecoderShape, low_rank_pays
+from tinysam.everything.graph_decoder import POINT_TOKENS, PROMPTS, DecoderEngines
 from tinysam.everything.low_rank import LowRankDecoder, is_supported
 
-# Prompts that a CPU decodes or upscales together: few enough for their N-wide matrices (about 1 MB a prompt, then 8)
-# to stay in cache, enough to share products. A GPU takes all it is given.
-CPU_DECODED_TOGETHER = 4
-CPU_UPSCALED_TOGETHER = 1
+CPU_DECODED_TOGETHER = PROMPTS
+"""Prompts that a CPU decodes together. A GPU takes all it is given."""
+
+PROMPTS_FOR_ENGINES = 100
+"""Prompts an image from which on graphs are worth the second that it takes to open them."""
 
 
 class DecodedPrompts(NamedTuple):
@@ -86,9 +91,12 @@ class LowRankImageDecoder:
         decoded = self.decoder.decode(self.image, sparse, multimask_output)
         kept = _above(decoded.predicted_iou, min_iou)
         prompts = kept.any(1).nonzero()[:, 0]
-        size = CPU_UPSCALED_TOGETHER if self.on_cpu else max(1, len(prompts))
-        logits = [self.decoder.upscale(self.image, decoded.select(chunk))[kept[chunk]] for chunk in prompts.split(size)]
-        return DecodedPrompts(decoded.predicted_iou, kept, _finite(torch.cat(logits), "the mask logits"))
+        # One at a time on a CPU, as slices: their matrices stay where they are.
+        chunks = [slice(i, i + 1) for i in prompts.tolist()] if self.on_cpu and len(prompts) else [prompts]
+        logits = [self.decoder.upscale(self.image, decoded.select(chunk))[kept[chunk]] for chunk in chunks]
+        # A copy, as engines use their memory again.
+        predicted_iou = decoded.predicted_iou.clone()
+        return DecodedPrompts(predicted_iou, kept, _finite(torch.cat(logits), "the mask logits"))
 
 
 class ImageDecoders:
@@ -102,7 +110,7 @@ class ImageDecoders:
     def __init__(self, sam: Sam, dtype: torch.dtype | None = None) -> None:
         self.sam = sam
         self.dtype = dtype
-        self._low_rank: LowRankDecoder | None = None
+        self._low_rank: dict[bool, LowRankDecoder] = {}
 
     def of(self, embedding: Tensor, prompts: int, tokens: int) -> PromptDecoder:
         """The cheaper decoder of an image.
@@ -118,9 +126,16 @@ class ImageDecoders:
         all_tokens = 1 + decoder.num_mask_tokens + tokens
         if not low_rank_pays(DecoderShape.of(self.sam), prompts, all_tokens):
             return PlainDecoder(self.sam, embedding)
-        if self._low_rank is None:
-            self._low_rank = LowRankDecoder(self.sam, self.dtype)
-        return LowRankImageDecoder(self._low_rank, embedding)
+        on_engines = embedding.device.type == "cpu" and prompts >= PROMPTS_FOR_ENGINES and tokens == POINT_TOKENS
+        if on_engines not in self._low_rank:
+            self._low_rank[on_engines] = self._open(on_engines)
+        return LowRankImageDecoder(self._low_rank[on_engines], embedding)
+
+    def _open(self, on_engines: bool) -> LowRankDecoder:
+        engines: DecoderEngines | None = getattr(self.sam, "decoder_engines", None)
+        if engines is None or not on_engines:
+            return LowRankDecoder(self.sam, self.dtype)
+        return engines.open(self.sam, bf16=self.dtype == torch.bfloat16)
 
 
 def _above(predicted_iou: Tensor, min_iou: float) -> Tensor:

@@ -14,14 +14,14 @@ class SharedImage(NamedTuple):
     values_0: Tensor  # (H, N, d)
     queries_0: Tensor  # (H, d, N) of layer 0's attention from image to tokens
     squares_0: Tensor  # (N,) |(K0 + 1 b_o)^|^2
-    cross_0: Tensor  # (H, d, N) (K0 + 1 b_o)^ by the centred output projection
+    cross_0: Tensor  # (H, d, N) twice (K0 + 1 b_o)^ by the centred output projection
     keys_1: Tensor  # as above, for S1
     values_1: Tensor
     queries_1: Tensor
     squares_1: Tensor  # (N,) |S1^|^2
     offset_1: Tensor  # (N,) S1^ by (b + b_o)^
-    cross_10: Tensor  # (H, d, N) S1^ by the rows that layer 0's update added
-    cross_11: Tensor  # (H, d, N) S1^ by the rows that layer 1's update adds
+    cross_10: Tensor  # (H, d, N) twice S1^ by the rows that layer 0's update added
+    cross_11: Tensor  # (H, d, N) twice S1^ by the rows that layer 1's update adds
     keys_2: Tensor  # for S2 and the final attention
     values_2: Tensor
     upscaled: Tensor  # (N, C) S2 through the first transposed convolution
@@ -44,8 +44,8 @@ class DecodedTokens(NamedTuple):
     hyper: Tensor  # (B, masks, C / 8), what each mask multiplies the upscaled embedding by
     image: Update
 
-    def select(self, prompts: Tensor) -> DecodedTokens:
-        """The prompts at those positions (K,)."""
+    def select(self, prompts: Tensor | slice) -> DecodedTokens:
+        """The prompts at those positions (K,); views, for a slice."""
         image = Update(
             inverse=self.image.inverse[prompts],
             previous=None if self.image.previous is None else self.image.previous[prompts],

@@ -99,6 +99,7 @@ class LowRankDecoder:
         self.rows_0_scaled = outputs[0] * first.norm4.weight
         self.rows_10, self.rows_11 = centred(self.rows_0_scaled), outputs[1]
         self.offset = centred(first.norm4.bias + self.to_tokens[1].out_proj.bias)
+        self.offset_2 = self.offset * second.norm4.weight
 
         self.position = sam.prompt_encoder.get_dense_pe()[0].flatten(1).t().to(self.no_mask.dtype)  # (N, C)
         self.position_keys = {
@@ -128,14 +129,14 @@ class LowRankDecoder:
             values_0=self._values(tokens, read[0], read[0].v_proj.bias),
             queries_0=self._keys(placed, write[0].q_proj.weight, heads, write[0].q_proj.bias),
             squares_0=s0.square().sum(1),
-            cross_0=self._keys(s0, self.rows_0.flatten(0, 1), heads),
+            cross_0=self._keys(2 * s0, self.rows_0.flatten(0, 1), heads),
             keys_1=self._keys(s1, read[1].k_proj.weight, read[1].num_heads),
             values_1=self._values(s1, read[1]),
             queries_1=self._keys(s1, write[1].q_proj.weight, write[1].num_heads),
             squares_1=s1_centred.square().sum(1),
             offset_1=s1_centred @ self.offset,
-            cross_10=self._keys(s1_centred, self.rows_10.flatten(0, 1), heads),
-            cross_11=self._keys(s1_centred, self.rows_11.flatten(0, 1), write[1].num_heads),
+            cross_10=self._keys(2 * s1_centred, self.rows_10.flatten(0, 1), heads),
+            cross_11=self._keys(2 * s1_centred, self.rows_11.flatten(0, 1), write[1].num_heads),
             keys_2=self._keys(s2, read[2].k_proj.weight, read[2].num_heads),
             values_2=self._values(s2, read[2]),
             upscaled=(s2 @ self.up_weight).to(self.dtype),
@@ -269,7 +270,7 @@ class LowRankDecoder:
 
     def _first_update(self, image: SharedImage, weights: Tensor, values: Tensor) -> Update:
         rows = (values @ self.rows_0).flatten(1, 2)
-        cross = 2 * by_shared(values.to(self.dtype), image.cross_0).flatten(1, 2)
+        cross = by_shared(values.to(self.dtype), image.cross_0).flatten(1, 2)
         square = image.squares_0 + self._weighted(weights, rows, cross)
         inverse = inverse_deviation(square, self.norms[0])
         return Update(inverse, None, weights, (values @ self.rows_0_scaled).flatten(1, 2), None)
@@ -284,7 +285,6 @@ class LowRankDecoder:
         update: Update,
     ) -> Update:
         previous = update.inverse
-        gain = self.norms[1].weight
         rows = torch.cat([values_0 @ self.rows_10, values_1 @ self.rows_11], dim=1).flatten(1, 2)
         columns = torch.cat([weights_0 * previous.to(self.dtype), weights_1], dim=1)
         cross = torch.cat(
@@ -294,12 +294,12 @@ class LowRankDecoder:
             ],
             dim=1,
         ).flatten(1, 2)
-        cross = cross * (2 * previous).to(self.dtype)
+        cross = cross * previous.to(self.dtype)
         cross += 2 * (rows @ self.offset)[..., None].to(self.dtype)
         scale = previous[:, 0]
         square = scale.square() * image.squares_1 + 2 * scale * image.offset_1 + self.offset.square().sum()
         inverse = inverse_deviation(square + self._weighted(columns, rows, cross), self.norms[1])
-        return Update(inverse, previous, columns, rows * gain, self.offset * gain)
+        return Update(inverse, previous, columns, rows * self.norms[1].weight, self.offset_2)
 
     def _weighted(self, columns: Tensor, rows: Tensor, cross: Tensor) -> Tensor:
         """Sum over R of columns * (cross + rows rows' columns), (B, N): what an update adds to the tokens' squares."""

@@ -118,9 +118,9 @@ def load_quantized(folder_url: str, engine: EngineConfig | None = None) -> Sam:
         raise CheckpointError(f"{folder_url}: {error}") from error
     grid = sam_config.image_size // 16
     expected = (1, sam_config.prompt_embed_dim, grid, grid)
-    if encoder.img_size != sam_config.image_size or encoder.engine.output_shape != expected:
+    if encoder.img_size != sam_config.image_size or encoder.engine.output_shapes != [expected]:
         raise CheckpointError(
-            f"{folder_url}: {ENCODER_FILE} maps {encoder.img_size} pixels to {encoder.engine.output_shape}, but the "
+            f"{folder_url}: {ENCODER_FILE} maps {encoder.img_size} pixels to {encoder.engine.output_shapes}, but the "
             f"decoder expects {sam_config.image_size} and {expected}; quantize the model again"
         )
     sam = with_encoder(build_sam(sam_config), encoder)

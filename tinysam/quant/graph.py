@@ -56,7 +56,7 @@ def export_graph(encoder: nn.Module, image_size: int) -> onnx.ModelProto:
     """
     image = torch.zeros(1, 3, image_size, image_size)
     encoder = _with_gathered_biases(encoder)
-    with _quiet(), torch.no_grad():
+    with quiet_export(), torch.no_grad():
         program = torch.onnx.export(
             encoder,
             (image,),
@@ -146,7 +146,7 @@ def _drop_traces(graph: onnx.GraphProto) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_export() -> Iterator[None]:
     """Holds back the exporter's progress messages and its warnings about torch itself."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level

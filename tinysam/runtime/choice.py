@@ -1,24 +1,21 @@
-"""Which engine embeds the images of a Sam, and the float graphs that engines other than torch run."""
+"""Which engine runs a Sam: its image encoder, and its mask decoder in everything mode."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 from pathlib import Path
 from typing import Literal
 
-import torch
 from segment_anything.modeling import Sam
-from torch import nn
 
-from tinysam.lake.filesystem import read_bytes, write_once
+from tinysam.everything.graph_decoder import DecoderEngines
 from tinysam.modeling.image_encoder import TinyViTEncoder
 from tinysam.quant.folder import with_encoder
 from tinysam.quant.graph import export_graph
 from tinysam.runtime.encoder import EngineImageEncoder
-from tinysam.runtime.engine import EngineConfig, EngineError
-from tinysam.weights import weights_folder
+from tinysam.runtime.engine import EngineConfig, EngineError, EngineName
+from tinysam.runtime.graphs import cached_graph, default_folder, identity
 
 logger = logging.getLogger(__name__)
 
@@ -28,34 +25,41 @@ GRAPH_VERSION = 1
 
 
 def with_engine(sam: Sam, choice: EngineChoice = "auto", *, bf16: bool = False, graphs: Path | None = None) -> Sam:
-    """A Sam whose image encoder runs on an engine; prompt encoder and mask decoder are shared with ``sam``.
+    """A Sam that runs on an engine: its image encoder, and its mask decoder where a grid of points is prompted.
+
+    Prompt encoder and mask decoder are shared with ``sam``; single prompts are decoded by torch.
 
     Args:
-        sam: in eval mode. One whose encoder is an engine already, such as a quantized one, is returned as it is.
-        choice: ``auto`` is ``openvino`` for a TinyViT on a CPU, where it takes a third of torch's time, and ``torch``
-            everywhere else. ``compiled`` is ``torch.compile``, which takes minutes to start and so pays in long runs.
-        bf16: let the engine compute in bfloat16, where it and the processor can. Torch's two take the precision of
-            the autocast that they are called in instead.
+        sam: in eval mode. An encoder that is an engine already, such as a quantized one, stays as it is.
+        choice: on a CPU, ``auto`` is ``openvino``, which takes a third of torch's time for a TinyViT and half of it for
+            prompts; other encoders stay on torch, as does everything on a GPU. ``compiled`` is ``torch.compile`` for
+            the encoder, which takes minutes to start and so pays in long runs.
+        bf16: let the engine compute the encoder in bfloat16, where it and the processor can. Torch's two take the
+            precision of the autocast that they are called in instead; prompts are decoded as a generator's
+            ``precision`` says.
         graphs: where exported graphs are kept, by the hash of their weights. None: ``graphs`` in
             ``tinysam.weights.weights_folder()``; not beside the checkpoint, which may lie in a bucket.
 
     Raises:
         EngineError: if the engine that was asked for cannot run this encoder.
     """
-    if isinstance(sam.image_encoder, EngineImageEncoder):
+    if choice == "torch" or _has_engines(sam):
         return sam
     if choice == "auto":
         return _automatic(sam, bf16, graphs)
-    if choice == "torch":
-        return sam
     if choice == "compiled":
+        if isinstance(sam.image_encoder, EngineImageEncoder):
+            return sam
         encoder = copy.deepcopy(sam.image_encoder)
         encoder.compile()
         return with_encoder(sam, encoder)
     if sam.device.type != "cpu":
         raise EngineError(f"{choice} runs on CPUs, the model is on {sam.device}; choose torch or compiled")
-    config = EngineConfig(engine=choice, precision="auto" if bf16 and choice == "openvino" else "fp32")
-    return with_encoder(sam, EngineImageEncoder(_float_graph(sam, graphs), config))
+    encoder = sam.image_encoder
+    if not isinstance(encoder, EngineImageEncoder):
+        config = EngineConfig(engine=choice, precision="auto" if bf16 and choice == "openvino" else "fp32")
+        encoder = EngineImageEncoder(_float_graph(sam, graphs), config)
+    return _with_decoder(with_encoder(sam, encoder), choice, graphs)
 
 
 def engine_name(sam: Sam) -> str:
@@ -67,32 +71,34 @@ def engine_name(sam: Sam) -> str:
     return "torch" if encoder._compiled_call_impl is None else "torch compiled"
 
 
+def decoder_engine_name(sam: Sam) -> str:
+    """What decodes the prompts of everything mode, for run records: ``torch``, ``openvino`` or ``onnxruntime``."""
+    return sam.decoder_engines.engine if _has_engines(sam) else "torch"
+
+
 def _automatic(sam: Sam, bf16: bool, graphs: Path | None) -> Sam:
-    if sam.device.type != "cpu" or not isinstance(sam.image_encoder, TinyViTEncoder):
+    if sam.device.type != "cpu":
         return sam
+    if not isinstance(sam.image_encoder, TinyViTEncoder | EngineImageEncoder):
+        return _with_decoder(with_encoder(sam, sam.image_encoder), "openvino", graphs)
     try:
         return with_engine(sam, "openvino", bf16=bf16, graphs=graphs)
     except EngineError as error:
-        logger.warning("the image encoder runs on torch, because %s", error)
+        logger.warning("the model runs on torch, because %s", error)
         return sam
+
+
+def _has_engines(sam: Sam) -> bool:
+    return hasattr(sam, "decoder_engines")
+
+
+def _with_decoder(sam: Sam, engine: EngineName, graphs: Path | None) -> Sam:
+    sam.decoder_engines = DecoderEngines(engine, graphs)
+    return sam
 
 
 def _float_graph(sam: Sam, graphs: Path | None) -> bytes:
     """The image encoder's ONNX graph, from the cache or exported into it."""
     encoder, image_size = sam.image_encoder, sam.image_encoder.img_size
-    path = (graphs or weights_folder() / "graphs") / f"{_identity(encoder, image_size)}.onnx"
-    if path.exists():
-        return read_bytes(str(path))
-    graph: bytes = export_graph(encoder, image_size).SerializeToString()
-    # Whole or not at all: other workers of this machine may look for it right now.
-    write_once(str(path), graph)
-    return graph
-
-
-def _identity(encoder: nn.Module, image_size: int) -> str:
-    """A hash of all that an exported graph depends on."""
-    digest = hashlib.sha256(f"{GRAPH_VERSION} {torch.__version__} {image_size} {encoder}".encode())
-    for name, value in encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    path = (graphs or default_folder()) / f"{identity(encoder, GRAPH_VERSION, image_size)}.onnx"
+    return cached_graph(path, lambda: export_graph(encoder, image_size).SerializeToString())

@@ -35,7 +35,7 @@ class EngineImageEncoder(nn.Module):
         super().__init__()
         self._model, self._config = model, config
         self.engine = open_engine(model, config)
-        shape = self.engine.input_shape
+        [shape] = self.engine.input_shapes
         if len(shape) != 4 or shape[:2] != (1, 3) or shape[2] != shape[3]:
             raise ValueError(f"an image encoder takes (1, 3, S, S), this graph takes {shape}")
         self.img_size = int(shape[2])
@@ -46,14 +46,14 @@ class EngineImageEncoder(nn.Module):
         Raises:
             ValueError: for images of another shape.
         """
-        if tuple(x.shape[1:]) != self.engine.input_shape[1:]:
+        if tuple(x.shape[1:]) != self.engine.input_shapes[0][1:]:
             raise ValueError(
                 f"this encoder was exported for images of shape (B, 3, {self.img_size}, {self.img_size}), "
                 f"got {tuple(x.shape)}"
             )
         images = x.detach().float().cpu().numpy()
         if not len(images):
-            return x.new_empty((0, *self.engine.output_shape[1:]), dtype=torch.float32)
+            return x.new_empty((0, *self.engine.output_shapes[0][1:]), dtype=torch.float32)
         embeddings = np.concatenate([self.engine.run(image[None]) for image in images])
         return torch.from_numpy(embeddings).to(x.device)
 

@@ -1,9 +1,9 @@
 """What every engine offers, and the choice of one.
 
-An engine runs one graph with one input and one output, both float32, with fixed shapes and a batch of 1. The batch is
-fixed because that is what SAM's code asks for (it embeds one image at a time), because with known shapes OpenVINO
-plans memory and fuses attention when it compiles instead of at every call, and because a batch gains a CPU nothing:
-one 1024-pixel image already keeps its caches and cores full. ``EngineImageEncoder`` loops over larger batches.
+An engine runs one graph of float32 inputs and outputs with fixed shapes: with known shapes OpenVINO plans memory and
+fuses attention when it compiles instead of at every call. Image encoders have a batch of 1, because that is what SAM's
+code asks for (it embeds one image at a time), and because a batch gains a CPU nothing: one 1024-pixel image already
+keeps its caches and cores full. ``EngineImageEncoder`` loops over larger batches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -77,19 +77,24 @@ class Engine(ABC):
     precision: str
     """``fp32`` or ``bf16``: arithmetic of all that is not integer."""
     num_threads: int
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
+    input_shapes: list[tuple[int, ...]]
+    output_shapes: list[tuple[int, ...]]
 
     @abstractmethod
-    def run(self, array: np.ndarray) -> np.ndarray:
+    def infer(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Runs the graph.
 
         Args:
-            array: float32 of ``input_shape``.
+            arrays: float32 of ``input_shapes``.
 
         Returns:
-            float32 of ``output_shape``, the caller's to keep.
+            float32 of ``output_shapes``; may be the engine's own memory, valid until the next call.
         """
+
+    def run(self, array: np.ndarray) -> np.ndarray:
+        """Runs a graph of one input and one output; the result is the caller's to keep."""
+        [result] = self.infer([array])
+        return result.copy()
 
     @abstractmethod
     def executed_layers(self) -> list[ExecutedLayer]:
@@ -113,7 +118,7 @@ def open_engine(model: bytes, config: EngineConfig = DEFAULT_CONFIG) -> Engine:
         if config.engine == "openvino" or config.precision == "bf16":
             raise
         engine = _open_onnxruntime(model, replace(config, precision="fp32"))
-        logger.warning("running the image encoder on ONNX Runtime in fp32, because %s", error)
+        logger.warning("running the graph on ONNX Runtime in fp32, because %s", error)
         return engine
 
 

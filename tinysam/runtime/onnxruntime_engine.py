@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,13 @@ class OnnxRuntimeEngine(Engine):
         self._model = model
         self.num_threads = config.resolved_threads()
         self._session = self._open(self._options())
-        graph_input, graph_output = self._session.get_inputs()[0], self._session.get_outputs()[0]
-        self._input_name = graph_input.name
-        self.input_shape, self.output_shape = tuple(graph_input.shape), tuple(graph_output.shape)
+        self._input_names = [port.name for port in self._session.get_inputs()]
+        self.input_shapes = [tuple(port.shape) for port in self._session.get_inputs()]
+        self.output_shapes = [tuple(port.shape) for port in self._session.get_outputs()]
 
-    def run(self, array: np.ndarray) -> np.ndarray:
-        return self._session.run(None, {self._input_name: np.ascontiguousarray(array, dtype=np.float32)})[0]
+    def infer(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        inputs = [np.ascontiguousarray(array, dtype=np.float32) for array in arrays]
+        return list(self._session.run(None, dict(zip(self._input_names, inputs, strict=True))))
 
     def executed_layers(self) -> list[ExecutedLayer]:
         # ONNX Runtime shows its optimised graph only by writing it to a file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,13 @@ class OpenVinoEngine(Engine):
         except RuntimeError as error:
             raise EngineError(f"OpenVINO {ov.__version__} cannot run this graph: {_first_line(error)}") from error
         self._request = self._compiled.create_infer_request()
-        self.input_shape = tuple(self._compiled.input(0).shape)
-        self.output_shape = tuple(self._compiled.output(0).shape)
+        self.input_shapes = [tuple(port.shape) for port in self._compiled.inputs]
+        self.output_shapes = [tuple(port.shape) for port in self._compiled.outputs]
 
-    def run(self, array: np.ndarray) -> np.ndarray:
-        results = self._request.infer({0: np.ascontiguousarray(array, dtype=np.float32)}, share_inputs=True)
-        return results[0]
+    def infer(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        inputs = [np.ascontiguousarray(array, dtype=np.float32) for array in arrays]
+        results = self._request.infer(inputs, share_inputs=True, share_outputs=True)
+        return [results[i] for i in range(len(self.output_shapes))]
 
     def executed_layers(self) -> list[ExecutedLayer]:
         layers = []

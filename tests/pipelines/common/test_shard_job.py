@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pytest
 
 from pipelines import cache_teacher
+from pipelines.common import shard_worker
 from pipelines.common.cli import JobError, run_main
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.ray_setup import start_ray
@@ -87,6 +89,36 @@ def name_images(lake: Path, *names: str) -> Path:
     for name in names:
         (lake / f"{name}.jpg").write_bytes(b"x")
     return lake
+
+
+class PatientWriter(EchoWorker):
+    """Writes no shard before the next one is begun; there are two."""
+
+    def __init__(self, placement: Placement) -> None:
+        super().__init__(placement)
+        self.begun = threading.Semaphore(0)
+        write_shard = shard_worker.write_shard
+
+        def write(*args: Any) -> Any:
+            if not self.begun.acquire(timeout=20):
+                raise RuntimeError("the next shard was not begun while this one was written")
+            self.begun.release()
+            return write_shard(*args)
+
+        shard_worker.write_shard = write  # of this worker's process
+
+    def process(self, rows: pa.Table) -> pa.Table:
+        if rows["image_id"].to_pylist() == ["b.jpg"]:
+            self.begun.release()
+        return super().process(rows)
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_a_worker_on_a_gpu_computes_a_shard_while_it_writes_another(tmp_path: Path) -> None:
+    lake = name_images(tmp_path / "lake", "a", "b")
+    job = echo_job(lake, str(tmp_path / "out"), device="cuda", num_gpus_per_worker=0)
+    assert replace(job, make_worker=PatientWriter).run() == 0
+    assert read_run_record(str(tmp_path / "out")).counts == {"ok": 2}
 
 
 @pytest.mark.usefixtures("ray_address")
