@@ -5,7 +5,7 @@
 
 Each checkpoint has a folder of its own in the output, with one row an image (``tinysam.eval.rows.SCORES``): a run that
 was cut short goes on where it stopped, and of a checkpoint that is added later, only its own part is computed. The
-tables ``results.json`` and ``results.md`` are reduced from these rows.
+tables ``results.json`` and ``results.md`` and the page ``results.html`` are reduced from these rows.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from tinysam.lake.fingerprint import file_sha256, fingerprint
 from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.index import build_index, read_image_bytes
 from tinysam.lake.run_record import RunRecord, read_run_record
+from tinysam.report import ReportConfig, write_report
 from tinysam.runtime.choice import EngineChoice, engine_name, with_engine
 
 DETECTIONS_FILE = "detections.parquet"
@@ -380,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds=round(time.monotonic() - started, 3),
         extra={"checkpoints": {label: join(config.output, label) for label in models}},
     ).write(config.output)
+    write_report(ReportConfig(labels=config.output, output=join(config.output, "results.html")))
     console.print(Markdown(to_markdown(results)))
     return max(codes)
 

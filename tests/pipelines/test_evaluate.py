@@ -233,6 +233,7 @@ def test_the_job_compares_checkpoints_and_goes_on_where_it_stopped(
     table = (output / "results.md").read_text()
     assert "| | n | tiny sam | other |" in table
     assert "Seconds an image, by stage:" in table
+    assert "Evaluation of" in (output / "results.html").read_text(encoding="utf-8")
     assert entry["seconds_per_image"]["box"] > 0
     record = json.loads((output / "run.json").read_text())
     assert record["job"] == "evaluate"

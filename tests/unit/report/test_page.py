@@ -232,3 +232,10 @@ def test_a_browser_shows_the_pictures_and_runs_no_script_of_a_stranger(make_labe
     assert "<title>owned" not in shown
     # The script of the page makes pictures that have loaded into buttons: it ran, its hash is right.
     assert shown.count('role="button"') == 2
+
+
+def test_an_evaluation_has_a_page_of_its_own(make_stages: MakeStages) -> None:
+    text, document = rendered(make_stages()["scores"])
+    for expected in ("Evaluation of held out", "demo_teacher", "demo_student", "Box mIoU", "mIoU after 2 clicks"):
+        assert expected.lower() in document.text.lower()
+    assert "<script" not in text
