@@ -109,7 +109,7 @@ def test_a_picture_can_be_enlarged_and_put_away(page: Page, url: str) -> None:
     assert page.evaluate("document.getElementById('enlarged').open")
     width = page.evaluate("document.querySelector('#enlarged .frame img').getBoundingClientRect().width")
     assert 300 < width <= PHONE["width"]
-    assert "masks" in page.evaluate("document.querySelector('#enlarged p').innerText")
+    assert " 1 mask IoU 0.95" in page.evaluate("document.querySelector('#enlarged p').innerText")
     page.evaluate("document.getElementById('enlarged').click()")
     assert not page.evaluate("document.getElementById('enlarged').open")
 
