@@ -5,7 +5,7 @@
 
 Each checkpoint has a folder of its own in the output, with one row an image (``tinysam.eval.rows.SCORES``): a run that
 was cut short goes on where it stopped, and of a checkpoint that is added later, only its own part is computed. The
-tables ``results.json`` and ``results.md`` are reduced from these rows.
+tables ``results.json`` and ``results.md`` and the page ``results.html`` are reduced from these rows.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found without an installation, and first of all
 
@@ -25,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from rich.markdown import Markdown
+from segment_anything.modeling import Sam
 
 from pipelines.common.cli import JobError, console, error_console, parse_config, run_main
 from pipelines.common.job_config import ShardJobConfig
@@ -35,9 +37,10 @@ from pipelines.common.shard_worker import Placement, ShardWorker
 from tinysam import SamHierarchicalMaskGenerator, load
 from tinysam.eval import ClickConfig, EvalConfig, evaluate_image
 from tinysam.eval.detections import read_detections, read_results, write_detections
-from tinysam.eval.ground_truth import Objects, coco_image_ids, read_objects
+from tinysam.eval.ground_truth import NO_CATEGORY, Objects, coco_image_ids, read_objects
 from tinysam.eval.image import TASKS, Task
-from tinysam.eval.reduce import Reduction, reduce_scores
+from tinysam.eval.lvis import LvisError, read_lvis, require_lvis
+from tinysam.eval.reduce import Lvis, Reduction, reduce_scores
 from tinysam.eval.results import to_json, to_markdown
 from tinysam.eval.rows import SCORES, to_row
 from tinysam.everything import HierarchicalConfig
@@ -47,7 +50,8 @@ from tinysam.lake.filesystem import join, write_once
 from tinysam.lake.fingerprint import file_sha256, fingerprint
 from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.index import build_index, read_image_bytes
-from tinysam.lake.run_record import RunRecord
+from tinysam.lake.run_record import RunRecord, read_run_record
+from tinysam.report import ReportConfig, write_report
 from tinysam.runtime.choice import EngineChoice, engine_name, with_engine
 
 DETECTIONS_FILE = "detections.parquet"
@@ -55,7 +59,8 @@ DETECTIONS_FILE = "detections.parquet"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ShardJobConfig):
-    """Measures models against the ground truth of a lake: --annotations, or SA-1B's JSON files beside the images."""
+    """Measures models against the ground truth of a lake: --annotations, SA-1B's JSON files beside the images, or the
+    masks that --teacher makes of images without any."""
 
     checkpoints: tuple[str, ...]
     """The models, compared side by side: names, checkpoints (path or URL), folders of quantized models."""
@@ -64,6 +69,11 @@ class EvaluateConfig(ShardJobConfig):
     detections: str | None = None
     """COCO results JSON of a detector, whose boxes are segmented for mask AP. None: the objects' own boxes. Needs
     --annotations."""
+    protocol: Literal["coco", "lvis"] = "coco"
+    """Whose definition of mask AP. lvis: lvis-api's, with an LVIS file as --annotations; needs tinysam[lvis]."""
+    teacher: str | None = None
+    """A model whose masks of everything take the place of ground truth: how far the models agree with it, on images
+    that nobody has annotated. A name, checkpoint, or folder of a quantized model."""
     name: str | None = None
     """What the data set is called in the results. None: the last part of --lake."""
 
@@ -92,6 +102,10 @@ class EvaluateConfig(ShardJobConfig):
             raise ValueError("--checkpoints needs at least one")
         if self.detections is not None and (self.annotations is None or "box" not in self.tasks):
             raise ValueError("--detections needs --annotations, the COCO file with its image ids, and the task box")
+        if self.protocol == "lvis" and (self.annotations is None or "box" not in self.tasks):
+            raise ValueError("--protocol lvis needs --annotations, LVIS's file, and the task box")
+        if self.teacher is not None and self.annotations is not None:
+            raise ValueError("--teacher and --annotations name two ground truths; give one of them")
         if self.everything.output_mode != "coco_rle":
             raise ValueError("masks are compared as run lengths; leave --everything.output-mode out")
         if min(self.bootstrap_samples, self.max_detections) < 1:
@@ -113,9 +127,11 @@ class EvaluateConfig(ShardJobConfig):
         identity: dict[str, Any] = {"tasks": sorted(set(self.tasks)), "engine": self.engine}
         if self.detections is not None:
             identity["detections"] = file_sha256(self.detections)
+        if self.teacher is not None:
+            identity["teacher"] = weights_sha256(self.teacher)
         if "points" in self.tasks:
             identity["clicks"] = asdict(self.clicks)
-        if "everything" in self.tasks:
+        if "everything" in self.tasks or self.teacher is not None:
             options = asdict(self.everything)
             del options["points_per_batch"]  # changes memory and speed alone
             identity["everything"] = options
@@ -135,10 +151,16 @@ class EvaluateWorker(ShardWorker):
         self._config, self._placement = config, placement
         self._facts = {"model": checkpoint, "model_sha256": sha256, "evaluation": fingerprint(config.identity())}
         self._detections_url = detections_url
-        bf16 = config.everything.precision == "bfloat16"
-        self._sam = with_engine(load(checkpoint).to(placement.device), config.engine, bf16=bf16)
+        self._sam = self._load(checkpoint)
         self._facts["engine"] = engine_name(self._sam)
         self._generator = SamHierarchicalMaskGenerator.from_config(self._sam, config.everything)
+        self._teacher = None
+        if config.teacher is not None:
+            self._teacher = SamHierarchicalMaskGenerator.from_config(self._load(config.teacher), config.everything)
+
+    def _load(self, checkpoint: str) -> Sam:
+        bf16 = self._config.everything.precision == "bfloat16"
+        return with_engine(load(checkpoint).to(self._placement.device), self._config.engine, bf16=bf16)
 
     def metadata(self) -> dict[str, str]:
         """What the scores belong to."""
@@ -152,6 +174,8 @@ class EvaluateWorker(ShardWorker):
         threads = self._placement.num_cpus
         done = []
         for row, pixels, objects in read_ahead(self._read, rows.to_pylist(), threads=threads, ahead=threads + 1):
+            if pixels is not None and self._teacher is not None:
+                objects = self._objects_of_teacher(self._teacher, pixels)
             if pixels is not None and objects is not None:
                 boxes = None if detections is None else detections.get(row["image_id"], [])
                 row |= self._score(pixels, objects, boxes)
@@ -165,8 +189,10 @@ class EvaluateWorker(ShardWorker):
                 data = read_image_bytes(row)
             with self.clock.stage("decode"):
                 pixels = decode_image(data)
-            with self.clock.stage("annotations"):
-                objects = read_objects(row, *pixels.shape[:2])
+            objects = None
+            if self._teacher is None:
+                with self.clock.stage("annotations"):
+                    objects = read_objects(row, *pixels.shape[:2])
         except ImageError as error:
             return out | {"status": error.status, "error": str(error)}, None, None
         return out | {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels, objects
@@ -184,9 +210,29 @@ class EvaluateWorker(ShardWorker):
             config=self._config.eval_config(),
             generator=self._generator,
             detections=boxes,
-            stage=self.clock.stage,
+            stage=self._stage,
         )
         return to_row(scores, objects.rles, objects.categories, detections)
+
+    def _objects_of_teacher(self, teacher: SamHierarchicalMaskGenerator, pixels: np.ndarray) -> Objects:
+        with self.clock.stage("teacher"):
+            rles = [record["segmentation"] for record in teacher.generate(pixels)]
+        return Objects(rles=rles, categories=[NO_CATEGORY] * len(rles))
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        """The clock's stage, that of everything mode in its parts: the generator knows where its time went."""
+        if name != "everything":
+            with self.clock.stage(name):
+                yield
+            return
+        before, start = dict(self._generator.seconds), time.perf_counter()
+        yield
+        total = time.perf_counter() - start
+        for part, seconds in self._generator.seconds.items():
+            self.clock.add(f"everything: {part}", seconds - before[part])
+            total -= seconds - before[part]
+        self.clock.add("everything: rest", total)
 
 
 def labels(checkpoints: Sequence[str], sha256s: Sequence[str]) -> list[str]:
@@ -212,12 +258,29 @@ def prepare_detections(config: EvaluateConfig) -> str:
         LakeError: if the lake, the annotations or the results cannot be read, or do not belong together.
     """
     assert config.detections is not None
-    assert config.annotations is not None
-    index = build_index(replace(config.index_config(), annotations=None, limit=None))
-    image_ids = coco_image_ids(CocoFile.read(config.annotations), index)
+    image_ids = annotated_images(config)
     url = join(config.output, DETECTIONS_FILE)
     write_detections(url, read_results(config.detections, image_ids))
     return url
+
+
+def annotated_images(config: EvaluateConfig) -> dict[str, Any]:
+    """The annotation file's id of each image by the lake's ``image_id``.
+
+    Raises:
+        LakeError: if the lake or the annotations cannot be read, or do not belong together.
+    """
+    assert config.annotations is not None
+    index = build_index(replace(config.index_config(), annotations=None, limit=None))
+    return coco_image_ids(CocoFile.read(config.annotations), index)
+
+
+def seconds_per_image(output: str) -> dict[str, float]:
+    """Where a checkpoint's time went, by stage, in the run that computed the last of its rows."""
+    record = read_run_record(output)
+    if record is None or not record.extra.get("images_this_run"):
+        return {}
+    return {stage: round(seconds / record.extra["images_this_run"], 4) for stage, seconds in record.time_split.items()}
 
 
 def write_results(
@@ -239,6 +302,7 @@ def write_results(
             config.dataset(): {
                 "lake": config.lake,
                 "annotations": config.annotations,
+                "teacher": config.teacher,
                 "images": max(reduction.images for reduction in reductions.values()),
                 "checkpoints": {
                     label: {
@@ -248,6 +312,7 @@ def write_results(
                         "images_without_ground_truth": reduction.without_ground_truth,
                         "statuses": reduction.statuses,
                         "metrics": to_json(reduction.metrics),
+                        "seconds_per_image": seconds_per_image(join(config.output, label)),
                     }
                     for label, reduction in reductions.items()
                 },
@@ -268,6 +333,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = labels(config.checkpoints, sha256s)
     models = dict(zip(names, zip(config.checkpoints, sha256s, strict=True), strict=True))
     identity = config.identity()
+    if config.protocol == "lvis":
+        try:
+            require_lvis()  # before hours of work rather than after them
+        except LvisError as error:
+            raise JobError(str(error)) from error
     detections_url = None if config.detections is None or config.dry_run else prepare_detections(config)
     codes = []
     for label, (checkpoint, sha256) in models.items():
@@ -284,6 +354,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.dry_run:
         return max(codes)
 
+    lvis = None
+    if config.protocol == "lvis":
+        assert config.annotations is not None
+        lvis = Lvis(dataset=read_lvis(config.annotations), image_ids=annotated_images(config))
     reductions = {}
     for label in models:
         error_console.print(f"reducing the scores of {label}", highlight=False)
@@ -292,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_detections=config.max_detections,
             bootstrap_samples=config.bootstrap_samples,
             ap_bootstrap_samples=config.ap_bootstrap_samples,
+            lvis=lvis,
         )
     if not any(reduction.images for reduction in reductions.values()):
         raise JobError(
@@ -306,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seconds=round(time.monotonic() - started, 3),
         extra={"checkpoints": {label: join(config.output, label) for label in models}},
     ).write(config.output)
+    write_report(ReportConfig(labels=config.output, output=join(config.output, "results.html")))
     console.print(Markdown(to_markdown(results)))
     return max(codes)
 

@@ -123,6 +123,45 @@ def test_odd_files_are_rows_with_a_status(tmp_path: Path, odd_lake: Any, tiny_ch
         assert (row["box_multimask_iou"] is None) == (row["status"] != "ok")
 
 
+def test_without_annotations_models_are_compared_with_a_teachers_masks(
+    make_lake: Callable[[Path, int], Path], tmp_path: Path, tiny_checkpoint: str
+) -> None:
+    config = EvaluateConfig(
+        lake=str(make_lake(tmp_path / "lake", 2)),
+        output="",
+        checkpoints=(tiny_checkpoint,),
+        teacher=tiny_checkpoint,
+        tasks=("box", "everything"),
+        engine="torch",
+        everything=HierarchicalConfig(**EASY),
+    )
+    for row in process(config):
+        assert len(row["objects"]) == row["everything"]["masks"] > 0
+        # A model agrees with itself: the same masks are found, and each is its own best match.
+        assert row["everything"]["best_iou"] == [1.0] * len(row["objects"])
+        assert len(row["predictions"]) == len(row["objects"])
+
+
+def test_the_time_of_everything_mode_is_told_by_its_parts(labelled: tuple[Path, Path], tiny_checkpoint: str) -> None:
+    lake, instances = labelled
+    config = EvaluateConfig(
+        lake=str(lake),
+        annotations=str(instances),
+        output="",
+        checkpoints=(tiny_checkpoint,),
+        tasks=("everything",),
+        everything=HierarchicalConfig(**EASY),
+    )
+    [shard] = plan_of(build_index(config.index_config()), images_per_shard=1000)
+    worker = EvaluateWorker(config, tiny_checkpoint, SHA, None, Placement(device="cpu", num_cpus=1))
+    worker.process(shard.rows)
+    seconds = worker.clock.take()
+    parts = {name: value for name, value in seconds.items() if name.startswith("everything: ")}
+    assert {"everything: encode", "everything: decode", "everything: masks", "everything: rest"} == set(parts)
+    assert min(parts.values()) > 0
+    assert "everything" not in seconds
+
+
 def test_a_detectors_boxes_are_segmented_for_the_images_that_have_them(
     labelled: tuple[Path, Path], tmp_path: Path, tiny_checkpoint: str
 ) -> None:
@@ -191,7 +230,11 @@ def test_the_job_compares_checkpoints_and_goes_on_where_it_stopped(
         assert entry["metrics"][name]["n"] == 6
     assert {"ap", "ap_single", "ap_small", "click_miou_2"} <= set(entry["metrics"])
 
-    assert "| | n | tiny sam | other |" in (output / "results.md").read_text()
+    table = (output / "results.md").read_text()
+    assert "| | n | tiny sam | other |" in table
+    assert "Seconds an image, by stage:" in table
+    assert "Evaluation of" in (output / "results.html").read_text(encoding="utf-8")
+    assert entry["seconds_per_image"]["box"] > 0
     record = json.loads((output / "run.json").read_text())
     assert record["job"] == "evaluate"
     assert record["counts"] == entry["statuses"]
@@ -241,6 +284,8 @@ def test_one_model_given_twice_is_an_error(names: list[str]) -> None:
         ({"checkpoints": ()}, "--checkpoints"),
         ({"detections": "d.json"}, "--annotations"),
         ({"detections": "d.json", "annotations": "i.json", "tasks": ("points",)}, "the task box"),
+        ({"protocol": "lvis"}, "--annotations"),
+        ({"teacher": "demo_teacher", "annotations": "i.json"}, "two ground truths"),
         ({"everything": HierarchicalConfig()}, "--everything.output-mode"),
         ({"bootstrap_samples": 0}, "--bootstrap-samples"),
         ({"ap_bootstrap_samples": -1}, "--ap-bootstrap-samples"),

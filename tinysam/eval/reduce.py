@@ -12,6 +12,7 @@ from typing import Any
 from tinysam.eval.average_precision import average_precision
 from tinysam.eval.bootstrap import Metric
 from tinysam.eval.image import ImageScores
+from tinysam.eval.lvis import lvis_average_precision
 from tinysam.eval.rows import from_row
 from tinysam.eval.summary import summarize
 from tinysam.lake import schema
@@ -22,6 +23,16 @@ _READERS = 8  # shards read at a time: object storage takes tens of milliseconds
 
 PROTOCOLS = {"multimask": "", "singlemask": "_single"}
 """Which of the decoder's masks is taken, and the ending of its metrics' names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lvis:
+    """What LVIS's AP needs to know."""
+
+    dataset: Mapping[str, Any]
+    """Of ``read_lvis``."""
+    image_ids: Mapping[str, int]
+    """LVIS's id by the lake's ``image_id``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +55,7 @@ def reduce_scores(
     max_detections: int = 100,
     bootstrap_samples: int = 1000,
     ap_bootstrap_samples: int = 100,
+    lvis: Lvis | None = None,
 ) -> Reduction:
     """Reduces the output of one checkpoint.
 
@@ -52,9 +64,11 @@ def reduce_scores(
         max_detections: see ``average_precision``.
         bootstrap_samples: resamplings of the means.
         ap_bootstrap_samples: resamplings of AP.
+        lvis: LVIS's definition of AP instead of COCO's, to which the two arguments before do not apply.
 
     Raises:
         LakeError: if a file cannot be read.
+        LvisError: if ``lvis`` is asked for and lvis-api is not installed.
     """
     statuses: collections.Counter[str] = collections.Counter()
     without_ground_truth = 0
@@ -71,7 +85,14 @@ def reduce_scores(
         if row["predictions"] is not None:
             segmented.append({name: row[name] for name in ("image_id", "height", "width", "objects", "predictions")})
     metrics = summarize(scores, bootstrap_samples=bootstrap_samples)
-    if segmented:
+    if segmented and lvis is not None:
+        for protocol, ending in PROTOCOLS.items():
+            numbers = [lvis.image_ids[row["image_id"]] for row in segmented]
+            found = lvis_average_precision(
+                lvis.dataset, coco_results(segmented, protocol, numbers), image_ids=set(numbers)
+            )
+            metrics |= {f"{name}{ending}": metric for name, metric in found.items()}
+    elif segmented:
         dataset = coco_dataset(segmented, _annotations(folder_url))
         for protocol, ending in PROTOCOLS.items():
             found = average_precision(
@@ -118,15 +139,19 @@ def coco_dataset(rows: Sequence[Mapping[str, Any]], annotations: Mapping[str, li
     }
 
 
-def coco_results(rows: Sequence[Mapping[str, Any]], protocol: str) -> list[dict[str, Any]]:
-    """The rows' predictions as COCO results, images numbered as by ``coco_dataset``.
+def coco_results(
+    rows: Sequence[Mapping[str, Any]], protocol: str, numbers: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """The rows' predictions as COCO results.
 
     The score is the detector's, where there was one, as in the papers; else the predicted IoU.
 
     Args:
         rows: of ``SCORES``.
         protocol: of ``PROTOCOLS``.
+        numbers: ids of the rows' images; by default as ``coco_dataset`` numbers them.
     """
+    numbers = range(1, len(rows) + 1) if numbers is None else numbers
     return [
         {
             "image_id": number,
@@ -134,7 +159,7 @@ def coco_results(rows: Sequence[Mapping[str, Any]], protocol: str) -> list[dict[
             "segmentation": {"size": [row["height"], row["width"]], "counts": prediction[f"{protocol}_counts"]},
             "score": prediction[f"{protocol}_score"] if prediction["box_score"] is None else prediction["box_score"],
         }
-        for number, row in enumerate(rows, start=1)
+        for number, row in zip(numbers, rows, strict=True)
         for prediction in row["predictions"]
     ]
 

@@ -16,6 +16,9 @@ _FIXED_NAMES = {
     "ap_small": "mask AP, small",
     "ap_medium": "mask AP, medium",
     "ap_large": "mask AP, large",
+    "ap_rare": "mask AP, rare categories",
+    "ap_common": "mask AP, common categories",
+    "ap_frequent": "mask AP, frequent categories",
     "box_miou": "box mIoU",
     "best_match_miou": "everything: best-match mIoU",
     "masks_per_image": "everything: masks an image",
@@ -60,7 +63,7 @@ def _section(name: str, dataset: Mapping[str, Any]) -> str:
     lines = [
         f"## {name}",
         "",
-        f"{dataset['images']} images with ground truth. In brackets the 95 % interval from resampling images.",
+        f"{dataset['images']} images {_truth(dataset)}. In brackets the 95 % interval from resampling images.",
         "",
         "| | n | " + " | ".join(columns) + " |",
         "| --- | ---: |" + " ---: |" * len(columns),
@@ -69,7 +72,29 @@ def _section(name: str, dataset: Mapping[str, Any]) -> str:
         cells = [metrics.get(metric) for metrics in columns.values()]
         counts = {str(cell["n"]) for cell in cells if cell is not None}
         lines.append(f"| {title(metric)} | {', '.join(sorted(counts))} | {' | '.join(map(_cell, cells))} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_times(dataset)])
+
+
+def _truth(dataset: Mapping[str, Any]) -> str:
+    teacher = dataset.get("teacher")
+    return f"with the masks of {teacher} as ground truth" if teacher else "with ground truth"
+
+
+def _times(dataset: Mapping[str, Any]) -> list[str]:
+    """A table of where the time went; nothing where none was measured."""
+    columns = {label: entry.get("seconds_per_image", {}) for label, entry in dataset["checkpoints"].items()}
+    stages = list(dict.fromkeys(stage for seconds in columns.values() for stage in seconds))
+    if not stages:
+        return []
+    rows = [[f"{seconds[stage]:.3f}" if stage in seconds else "–" for seconds in columns.values()] for stage in stages]
+    return [
+        "",
+        "Seconds an image, by stage:",
+        "",
+        "| | " + " | ".join(columns) + " |",
+        "| --- |" + " ---: |" * len(columns),
+        *(f"| {stage} | {' | '.join(cells)} |" for stage, cells in zip(stages, rows, strict=True)),
+    ]
 
 
 def _cell(metric: Mapping[str, Any] | None) -> str:

@@ -38,7 +38,7 @@ class CocoFile:
         try:
             content = json.loads(data)
             entries, annotations = content["images"], content["annotations"]
-            images = {_normal(entry["file_name"]): entry for entry in entries}
+            images = {_normal(_file_name(entry)): entry for entry in entries}
             by_image: dict[Any, list[dict[str, Any]]] = {entry["id"]: [] for entry in entries}
             for annotation in annotations:
                 by_image[annotation["image_id"]].append(annotation)
@@ -104,6 +104,13 @@ class CocoFile:
             elif len(candidates) == 1 and same_last[_last(name)] == 1:
                 matched.setdefault(candidates[0], entry)
         return matched
+
+
+def _file_name(entry: dict[str, Any]) -> str:
+    """COCO's file name; LVIS has the image's URL at COCO's in its place, of which the folder is the split."""
+    if "file_name" in entry or "coco_url" not in entry:
+        return entry["file_name"]
+    return "/".join(entry["coco_url"].split("/")[-2:])
 
 
 def _last(name: str) -> str:

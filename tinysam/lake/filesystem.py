@@ -1,7 +1,7 @@
 """Files by URL: one place that opens storage, and that turns its errors into ones which say what to do.
 
-Plain paths, ``file://``, ``s3://``, ``gs://`` and whatever else fsspec has a driver for. S3 credentials, region and
-endpoint come from the ``AWS_*`` environment, as for every other tool, and never appear in a message.
+Plain paths, ``file://``, ``s3://``, ``gs://``, ``hf://`` and whatever else fsspec has a driver for. S3 credentials,
+region and endpoint come from the ``AWS_*`` environment, as for every other tool, and never appear in a message.
 """
 
 from __future__ import annotations
@@ -24,11 +24,19 @@ from fsspec.implementations.local import LocalFileSystem
 
 _S3_SCHEMES = ("s3://", "s3a://")
 _BUCKET_SCHEMES = (*_S3_SCHEMES, "gs://", "gcs://")
-_DRIVERS = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs")
+_DRIVERS = (
+    *("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs"),
+    *("huggingface_hub", "httpcore", "httpcore2", "httpx", "httpx2"),
+)
 # s3fs turns S3's answers into these: InternalError and 500, SlowDown and 503, and those that it does not know.
 _BUSY_ERRNOS = (getattr(errno, "EREMOTEIO", errno.EIO), errno.EBUSY, errno.EIO)
 _BUSY_STATUSES = ("429", "500", "502", "503", "504")
+_UNREACHABLE = (
+    *("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"),
+    *("ConnectError", "ConnectTimeout"),
+)
 _BROKEN_TRANSFERS = (
+    *("ReadError", "ReadTimeout", "RemoteProtocolError"),
     *("ClientPayloadError", "ServerDisconnectedError", "ServerTimeoutError", "FSTimeoutError", "IncompleteRead"),
     *(
         "IncompleteReadError",
@@ -293,6 +301,11 @@ def _is_storage_error(error: Exception) -> bool:
 def _explain(url: str, error: BaseException, writing: bool) -> LakeError:
     shown = redact_url(url)
     if isinstance(error, FileNotFoundError):
+        if url.startswith("hf://"):
+            return MissingError(
+                f"{shown} is not on the Hugging Face hub, or is private. Check the spelling "
+                "(hf://datasets/owner/name), and set HF_TOKEN where it takes one."
+            )
         bucket, _, key = url.split("://", 1)[-1].partition("/")
         if url.startswith(_BUCKET_SCHEMES) and (not key.strip("/") or "bucket" in str(error).lower()):
             return MissingError(
@@ -319,9 +332,10 @@ def _explain(url: str, error: BaseException, writing: bool) -> LakeError:
         return LakeError(f"{shown}: the driver for this kind of storage is not installed. {error}.")
     if isinstance(error, ValueError) and "rotocol" in str(error):
         scheme = url.split("://", 1)[0]
-        return LakeError(f"{shown}: unknown scheme {scheme!r}. Use a path, file://, s3:// or gs://.")
-    if name in ("EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError"):
-        return TransientError(f"{shown}: the storage cannot be reached. Check the network and AWS_ENDPOINT_URL.")
+        return LakeError(f"{shown}: unknown scheme {scheme!r}. Use a path, file://, s3://, gs:// or hf://.")
+    if name in _UNREACHABLE:
+        endpoint = "HF_ENDPOINT" if url.startswith("hf://") else "AWS_ENDPOINT_URL"
+        return TransientError(f"{shown}: the storage cannot be reached. Check the network and {endpoint}.")
     if "InvalidRange" in str(error):
         return _short_read(url)
     if not is_local(url) and _may_pass(error):
@@ -337,5 +351,6 @@ def _may_pass(error: BaseException) -> bool:
     """Tells whether a store's error is one of the moment rather than of the request."""
     if isinstance(error, TimeoutError | ConnectionError) or type(error).__name__ in _BROKEN_TRANSFERS:
         return True
-    status = getattr(error, "code", None) or getattr(error, "status", None)  # gcsfs and aiohttp
+    answer = getattr(error, "response", None)  # huggingface_hub; a mapping in botocore's errors
+    status = getattr(error, "code", None) or getattr(error, "status", None) or getattr(answer, "status_code", None)
     return getattr(error, "errno", None) in _BUSY_ERRNOS or str(status) in _BUSY_STATUSES

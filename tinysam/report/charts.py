@@ -47,13 +47,16 @@ class Axis:
         return math.log10(max(value, 1e-300)) if self.log else value
 
 
-def histogram_chart(histogram: Histogram, *, describe: Format, unit: str, log: bool = False) -> Markup:
+def histogram_chart(
+    histogram: Histogram, *, describe: Format, unit: str, log: bool = False, whole: bool = False
+) -> Markup:
     """Bars with ticks below.
 
     Args:
         describe: writes a value of the axis.
         unit: what is counted, for the bars' titles.
         log: whether the histogram's bins are logarithmic.
+        whole: whether the values are whole numbers, and so the ticks.
     """
     shown = histogram.trimmed(bars=BARS)
     if not shown.size:
@@ -72,7 +75,7 @@ def histogram_chart(histogram: Histogram, *, describe: Format, unit: str, log: b
             f'height="{height:.3f}"><title>{title}</title></rect>'
         )
     svg = f'<svg class="bars" viewBox="0 0 100 100" preserveAspectRatio="none">{_grid(y)}{"".join(bars)}</svg>'
-    return Markup(f'<div class="plot">{svg}{_y_labels(y, _compact)}</div>{_x_labels(x, describe)}')
+    return Markup(f'<div class="plot">{svg}{_y_labels(y, _compact)}</div>{_x_labels(x, describe, whole)}')
 
 
 def line_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, log: bool = False) -> Markup:
@@ -163,9 +166,11 @@ def _y_labels(y: Axis, describe: Format) -> str:
     return f'<div class="y-axis" aria-hidden="true">{labels}</div>'
 
 
-def _x_labels(x: Axis, describe: Format) -> str:
+def _x_labels(x: Axis, describe: Format, whole: bool = False) -> str:
     labels = []
     for tick in x.ticks(5):
+        if whole and tick != round(tick):
+            continue
         place = x.place(tick)
         # Labels at the ends would stick out of the chart if they were centred.
         shift = "0" if place < 4 else "-100%" if place > 96 else "-50%"

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from tinysam.lake import schema
 from tinysam.lake.filesystem import exists, join, list_files, redact_url, write_once
 from tinysam.lake.plan import INDEX_FILE
-from tinysam.lake.run_record import package_versions
 from tinysam.lake.shards import SHARDS_FOLDER
 from tinysam.report import charts
 from tinysam.report.pictures import Picture, count_rows, find_rows, make_pictures, relocated
+from tinysam.report.quality import RESULTS_FILE
+from tinysam.report.rendering import render
 from tinysam.report.scan import ImageRef, LabelFigures, SampleSizes, scan
 from tinysam.report.stages import Stage, in_order, read_stage
-from tinysam.report.text import clip, figure, human_seconds, percent
+from tinysam.report.text import figure, percent
 
 MOST_BYTES = 20_000_000
 """No page is larger."""
@@ -41,7 +39,8 @@ class ReportConfig:
     """What to report on."""
 
     labels: str
-    """Output folder of ``pipelines/label_images.py``, a path or URL."""
+    """Output folder of ``pipelines/label_images.py``, or of ``pipelines/evaluate.py`` for a page about its results
+    alone; a path or URL."""
     stages: tuple[str, ...] = ()
     """Output folders of other jobs to show on the same page."""
     lake: str | None = None
@@ -77,12 +76,14 @@ def write_report(config: ReportConfig, *, progress: Callable[[str, int, int], No
 
 def render_report(config: ReportConfig, *, progress: Callable[[str, int, int], None] | None = None) -> str:
     """The page as a string; see :func:`write_report`."""
+    if exists(join(config.labels, RESULTS_FILE)):
+        return render_scores(config.labels)
     report = progress or (lambda _what, _done, _total: None)
     shards = list_files(join(config.labels, SHARDS_FOLDER), "*.parquet")
     if not shards:
         raise ReportError(
             f"{redact_url(config.labels)} holds no shards of masks. Give the --output folder of "
-            "pipelines/label_images.py, after its first shard is done."
+            "pipelines/label_images.py after its first shard is done, or that of pipelines/evaluate.py."
         )
     worst = max(1, config.images // 2)
     sizes = SampleSizes(random=config.images, lowest=worst, empty=max(1, worst // 2), failed=worst)
@@ -94,8 +95,11 @@ def render_report(config: ReportConfig, *, progress: Callable[[str, int, int], N
     report("reading images", len(pictures), len(pictures))
     label = read_stage(config.labels) if exists(join(config.labels, "run.json")) else None
     stages = in_order([*(read_stage(url) for url in config.stages), *([label] if label else [])])
-    return _render(
+    return render(
+        "report.html.j2",
         figures=figures,
+        charts=_label_charts(figures),
+        ok=schema.OK,
         planned=planned,
         label=label,
         stages=stages,
@@ -106,6 +110,20 @@ def render_report(config: ReportConfig, *, progress: Callable[[str, int, int], N
         seed=config.seed,
         quality=_headline_quality(stages, label),
     )
+
+
+def render_scores(results: str) -> str:
+    """The page about an evaluation's results, as a string.
+
+    Args:
+        results: output folder of ``pipelines/evaluate.py``.
+
+    Raises:
+        LakeError: if the results cannot be read.
+    """
+    stage = read_stage(results)
+    name = ", ".join(table.dataset for table in stage.quality)
+    return render("scores.html.j2", stages=[stage], name=name, source=redact_url(results))
 
 
 def _pictures(config: ReportConfig, images: list[ImageRef]) -> tuple[dict[str, Picture], int | None]:
@@ -138,35 +156,6 @@ def _lake_name(label: Stage | None, config: ReportConfig) -> str:
     return str(redact_url(str(lake)))
 
 
-def _render(**values: Any) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tinysam.report", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "clip": clip,
-        "duration": human_seconds,
-        "percent": percent,
-        "figure": figure,
-    }
-    source, _, _ = jinja2.PackageLoader("tinysam.report", "templates").get_source(environment, "report.js")
-    script_hash = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode("ascii")
-    return environment.get_template("report.html.j2").render(
-        **values,
-        charts=_label_charts(values["figures"]),
-        share_bar=charts.share_bar,
-        line_chart=charts.line_chart,
-        ok=schema.OK,
-        script=Markup(source),
-        script_hash=script_hash,
-        version=package_versions().get("tinysam", ""),
-        now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    )
-
-
 def _label_charts(figures: LabelFigures) -> list[tuple[str, str, Markup]]:
     """Title, a line of figures and the drawing of each distribution."""
     per_image, area = figures.masks_per_image, figures.area_share
@@ -175,7 +164,7 @@ def _label_charts(figures: LabelFigures) -> list[tuple[str, str, Markup]]:
         (
             "Masks per image",
             f"mean {figure(per_image.mean)}, median {figure(per_image.quantile(0.5))}",
-            charts.histogram_chart(per_image, describe=lambda v: f"{v + 0.5:.0f}", unit="images"),
+            charts.histogram_chart(per_image, describe=lambda v: f"{math.ceil(v):,}", unit="images", whole=True),
         ),
         (
             "Mask area, share of the image",

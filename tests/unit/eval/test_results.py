@@ -51,3 +51,15 @@ def test_checkpoints_stand_side_by_side():
     assert "| mask AP | 12 | 0.812 [0.800, 0.820] | 0.700 |" in text
     assert "| everything: masks an image | 3 | 41.3 [40.0, 43.0] | – |" in text
     assert "| mIoU after 1 click | 0 | – | – |" in text
+    assert "Seconds" not in text
+
+
+def test_time_and_a_teacher_in_the_place_of_ground_truth_are_told():
+    entries = {
+        "a": {"metrics": {}, "seconds_per_image": {"embed": 0.25, "box": 1.0}},
+        "b": {"metrics": {}, "seconds_per_image": {"embed": 0.5}},
+    }
+    text = to_markdown({"datasets": {"wild": {"images": 3, "teacher": "vit_h", "checkpoints": entries}}})
+    assert "3 images with the masks of vit_h as ground truth" in text
+    assert "| embed | 0.250 | 0.500 |" in text
+    assert "| box | 1.000 | – |" in text

@@ -1,4 +1,4 @@
-"""Masks and exports in tools that know nothing of this project; those that are not in the lock are used where present."""
+"""Masks and exports in tools that know nothing of this project, where they are installed: they are not in the lock."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def test_duckdb_queries_the_shards_as_they_are(labels: Path, images: Images) -> 
 def test_duckdb_reads_an_exported_coco_file(labels: Path, images: Images, tmp_path: Path) -> None:
     duckdb = pytest.importorskip("duckdb")
     export(str(labels), "coco", str(tmp_path / "coco"))
+    coco = f"read_json('{tmp_path}/coco/instances.json')"
     areas = duckdb.sql(
-        f"select i.file_name, sum(a.area) from (select unnest(images) i, from read_json('{tmp_path}/coco/instances.json'))"
-        f" join (select unnest(annotations) a, from read_json('{tmp_path}/coco/instances.json'))"
-        " on a.image_id = i.id group by 1"
+        f"select i.file_name, sum(a.area) from (select unnest(images) i from {coco})"
+        f" join (select unnest(annotations) a from {coco}) on a.image_id = i.id group by 1"
     ).fetchall()
     assert dict(areas) == {name: sum(int(mask.sum()) for mask in masks) for name, masks in images.items() if masks}
 

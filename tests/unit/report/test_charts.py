@@ -103,3 +103,13 @@ def test_logarithmic_ticks_are_powers_of_ten_or_their_simple_multiples() -> None
     assert Axis(low=1e-4, high=1, log=True).ticks(5) == pytest.approx([1e-4, 1e-3, 1e-2, 1e-1, 1])
     assert Axis(low=0.9, high=6, log=True).ticks(5) == pytest.approx([1, 2, 5])
     assert Axis(low=0.1, high=0.1, log=True).place(0.1) == 0
+
+
+def test_whole_numbers_have_whole_ticks() -> None:
+    def ticks(values: list[float]) -> list[str]:
+        histogram = Histogram(edges=np.arange(30) - 0.5, counts=np.zeros(29, np.int64)).add(np.array(values))
+        chart = histogram_chart(histogram, describe=lambda v: f"{math.ceil(v)}", unit="images", whole=True)
+        return re.findall(r"translateX\([^)]*\)\">(\d+)<", chart)
+
+    assert ticks([0.0]) == ["0"]
+    assert ticks([0.0, 3.0, 16.0]) == ["0", "5", "10", "15"]
