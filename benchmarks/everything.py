@@ -3,8 +3,8 @@
     python -m benchmarks.everything --photographs a.jpg b.jpg --checkpoint mobile_sam.pt
 
 Every measurement is a fresh process that loads the model, warms up on a thumbnail, and segments one photograph; the
-variants take turns, and medians are reported. Agreement compares masks with those of the reference. Run it on an idle
-machine; ``--threads 1`` measures CPU time that does not depend on how many cores there are.
+variants take turns, and medians are reported. On a CPU, speed is the ratio of CPU seconds. Agreement compares masks
+with those of the reference. Run it on an idle machine; fewer ``--points-per-side`` give the same cost a point sooner.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import resource
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.results import write_results
+from tinysam.runtime.choice import EngineChoice
 
 REFERENCE = "segment-anything"
 VARIANTS = (REFERENCE, "flat float32", "flat bfloat16", "hierarchical float32", "hierarchical bfloat16")
@@ -38,17 +40,20 @@ class EverythingBenchmark:
     """Images to segment."""
 
     checkpoint: str = "demo_student"
-    """What tinysam.load takes, or the name of an architecture, which gets random weights: then give --keep."""
+    """What tinysam.load takes, or the name of an architecture, which gets random weights."""
 
-    keep: float | None = None
-    """Share of masks that pass each filter, whatever their quality: makes random weights do a realistic amount of
-    work. None uses the two thresholds below."""
+    keep: float = 0.4
+    """Share of masks that pass the filters, for random weights, whose thresholds are chosen by this
+    (benchmarks/untrained.py)."""
 
     pred_iou_thresh: float = 0.88
-    """As in SAM."""
+    """As in SAM; for a checkpoint."""
 
     stability_score_thresh: float = 0.95
-    """As in SAM."""
+    """As in SAM; for a checkpoint."""
+
+    engine: EngineChoice = "auto"
+    """Of this project's variants; the reference runs on torch."""
 
     points_per_side: int = 32
     """Of the flat grid and of the hierarchical mode's second round."""
@@ -76,6 +81,7 @@ class Measurement:
     seconds: float
     cpu_seconds: float
     stages: dict[str, float]
+    """Of ``cpu_seconds``, in proportion to wall time; of ``seconds`` on "cuda"."""
     peak_mib: float
     """Of the process, its libraries and weights included; of the GPU on "cuda"."""
 
@@ -83,48 +89,65 @@ class Measurement:
     """With masks as COCO run lengths."""
 
 
-def measure(config: EverythingBenchmark, photograph: Path, variant: str) -> Measurement:
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What all variants run on one photograph."""
+
+    checkpoint: str
+    options: dict[str, Any]
+    """Of a generator."""
+
+
+def prepare(config: EverythingBenchmark, photograph: Path, folder: Path) -> Prepared:
+    """The checkpoint as it is, or an architecture with random weights from a fixed seed, written to ``folder``."""
+    import torch
+
+    from benchmarks.untrained import make_realistic
+    from tinysam import sam_model_registry
+    from tinysam.lake.images import decode_image
+    from tinysam.modeling.checkpoint import is_untrained, save_checkpoint
+
+    options = {"points_per_side": config.points_per_side, "output_mode": "coco_rle"}
+    if not is_untrained(config.checkpoint):
+        thresholds = {name: getattr(config, name) for name in ("pred_iou_thresh", "stability_score_thresh")}
+        return Prepared(checkpoint=config.checkpoint, options=options | thresholds)
+    torch.manual_seed(0)
+    sam = sam_model_registry[config.checkpoint]().eval()
+    thresholds = make_realistic(sam, decode_image(photograph.read_bytes()), config.keep)
+    path = folder / f"{photograph.name}.safetensors"
+    save_checkpoint(sam, str(path))
+    return Prepared(checkpoint=str(path), options=options | thresholds)
+
+
+def measure(config: EverythingBenchmark, prepared: Prepared, photograph: Path, variant: str) -> Measurement:
     """Runs in a process of its own: memory is that of this variant alone."""
     import torch
 
+    from tinysam import load, with_engine
     from tinysam.lake.images import decode_image
 
     torch.set_num_threads(config.threads)
     image = decode_image(photograph.read_bytes())
-    sam = load_model(config).to(config.device)
-    options: dict[str, Any] = {
-        "points_per_side": config.points_per_side,
-        "pred_iou_thresh": config.pred_iou_thresh,
-        "stability_score_thresh": config.stability_score_thresh,
-        "output_mode": "coco_rle",
-    }
-    if config.keep is not None:
-        options |= thresholds_that_keep(sam, image, config.keep)
-    warm_up, _ = build(sam, variant, {"points_per_side": 2, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0})
+    sam = load(prepared.checkpoint).to(config.device)
+    points = 2
+    if variant != REFERENCE:
+        sam = with_engine(sam, config.engine, bf16="bfloat16" in variant)
+        points = 10  # enough for engines to be opened
+    warm_up, _ = build(sam, variant, {"points_per_side": points, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0})
     warm_up.generate(np.ascontiguousarray(image[::16, ::16]))
-    generator, stages = build(sam, variant, options)
+    generator, stages = build(sam, variant, prepared.options)
     start, cpu_start = time.perf_counter(), time.process_time()
     records = generator.generate(image)
     if config.device == "cuda":
         torch.cuda.synchronize()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     stages["masks"] = seconds - stages["encode"] - stages["decode"]
+    if config.device == "cpu":
+        stages = {name: share / seconds * cpu_seconds for name, share in stages.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if config.device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
-    return Measurement(seconds=seconds, cpu_seconds=cpu_seconds, stages=dict(stages), peak_mib=peak, records=records)
-
-
-def load_model(config: EverythingBenchmark) -> Any:
-    """The checkpoint's model, or an architecture with random weights from a fixed seed."""
-    import torch
-
-    from tinysam import load, sam_model_registry
-
-    if config.keep is None or config.checkpoint not in sam_model_registry:
-        return load(config.checkpoint)
-    torch.manual_seed(0)
-    return sam_model_registry[config.checkpoint]()
+    return Measurement(seconds=seconds, cpu_seconds=cpu_seconds, stages=stages, peak_mib=peak, records=records)
 
 
 def build(sam: Any, variant: str, options: dict[str, Any]) -> tuple[Any, dict[str, float]]:
@@ -161,28 +184,6 @@ def time_module(module: Any, stage: str, seconds: dict[str, float]) -> None:
     module.forward = timed
 
 
-def thresholds_that_keep(sam: Any, image: np.ndarray, share: float) -> dict[str, float]:
-    """Thresholds of predicted IoU and stability that each keep about ``share`` of a coarse grid's masks."""
-    import segment_anything
-    import torch
-    from segment_anything.utils.amg import build_point_grid, calculate_stability_score
-
-    predictor = segment_anything.SamPredictor(sam)
-    predictor.set_image(image)
-    height, width = image.shape[:2]
-    points = predictor.transform.apply_coords(build_point_grid(4) * (width, height), (height, width))
-    coords = torch.as_tensor(points, device=sam.device)[:, None]
-    labels = torch.ones((16, 1), device=sam.device)
-    _, iou, low_res = predictor.predict_torch(coords, labels)
-    offset = 1.0
-    stability = calculate_stability_score(low_res.flatten(0, 1), sam.mask_threshold, offset).nan_to_num(0)
-    return {
-        "pred_iou_thresh": max(float(iou.quantile(1 - share)), 1e-6),
-        "stability_score_thresh": max(float(stability.quantile(1 - share)), 1e-6),
-        "stability_score_offset": offset,
-    }
-
-
 def agreement(records: list[dict[str, Any]], reference: list[dict[str, Any]]) -> dict[str, float]:
     """How well each mask of the reference is found among ``records``."""
     from pycocotools import mask as mask_utils
@@ -208,9 +209,14 @@ def main() -> None:
         for variant in config.variants
     ]
     results: dict[tuple[Path, str], list[Measurement]] = {}
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for task in track(tasks, "Measuring", console=console):
-            results.setdefault(task, []).append(pool.apply(measure, (config, *task)))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
+    ):
+        prepared = {path: pool.apply(prepare, (config, path, Path(folder))) for path in config.photographs}
+        for photograph, variant in track(tasks, "Measuring", console=console):
+            measured = pool.apply(measure, (config, prepared[photograph], photograph, variant))
+            results.setdefault((photograph, variant), []).append(measured)
     rows = [summarise(config, results, photograph, variant) for photograph, variant in results]
     console.print(as_table(config, rows))
     if config.output is not None:
