@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from tinysam.lake.index import IndexConfig, build_index
 from tinysam.lake.plan import write_index
 from tinysam.lake.rle import encode_rle, rle_area, rle_bbox
 from tinysam.lake.run_record import RunRecord
-from tinysam.lake.shards import SHARDS_FOLDER, write_shard
+from tinysam.lake.shards import COUNTS_KEY, FINGERPRINT_KEY, SCHEMA_VERSION_KEY, SHARDS_FOLDER, write_shard
 
 SIZE = (48, 64)
+FINGERPRINT = "0123456789abcdef"
 
 MakeLabels = Callable[..., Path]
 
@@ -79,15 +81,19 @@ def make_labels(tmp_path: Path, rng: np.random.Generator) -> MakeLabels:
                     out |= {"height": SIZE[0], "width": SIZE[1], "masks": [make_mask(rng, float(v)) for v in what]}
                 counts[out["status"]] = counts.get(out["status"], 0) + 1
                 rows.append(out)
-            write_shard(
-                str(output / SHARDS_FOLDER), shard.shard_id, pa.Table.from_pylist(rows, schema=schema.MASKS), {}
-            )
+            metadata = {
+                FINGERPRINT_KEY: FINGERPRINT,
+                SCHEMA_VERSION_KEY: str(schema.SCHEMA_VERSION),
+                COUNTS_KEY: json.dumps(Counter(row["status"] for row in rows)),
+            }
+            table = pa.Table.from_pylist(rows, schema=schema.MASKS)
+            write_shard(str(output / SHARDS_FOLDER), shard.shard_id, table, metadata)
         write_index(str(output), plan)
         if record:
             RunRecord(
                 job="label_images",
                 config={"lake": str(lake), "quantized": None, "student": "demo_student"},
-                fingerprint="0123456789abcdef",
+                fingerprint=FINGERPRINT,
                 counts=counts,
                 seconds=12.5,
                 images_per_second=3.2,
