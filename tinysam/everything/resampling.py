@@ -20,7 +20,8 @@ class Taps:
     """(n_out,) int64, not falling."""
 
     weights: np.ndarray
-    """(K, n_out) float32, not negative; each column sums to 1. K is 3 at least, if there are as many inputs: the mask pass takes three at once."""
+    """(K, n_out) float32, not negative; each column sums to 1. K is at least 3, if there are as many inputs, because
+    the mask pass takes three at once."""
 
     first: np.ndarray
     """(n_in,) int64: the first output that takes this input, or n_out."""
