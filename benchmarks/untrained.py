@@ -16,7 +16,7 @@ from segment_anything.utils.amg import build_point_grid, calculate_stability_sco
 
 from tinysam.everything.decoding import embed_points, encode
 
-SPREAD = 6.0
+SPREAD = 12.0
 """Standard deviation of a mask's logits."""
 
 AREA = 0.2

@@ -141,28 +141,49 @@ def _extents(logits, low):  # type: ignore[no-untyped-def]
     return first, last
 
 
-@numba.njit(cache=True, nogil=True)
-def _resample(column, start, weights, top, bottom, out):  # type: ignore[no-untyped-def]
-    """Writes rows ``top`` to ``bottom`` of a resampled column to ``out``."""
-    # A loop for each tap keeps the inner loops free of branches, so that they are vectorised.
-    for y in range(top, bottom):
-        out[y] = weights[0, y] * column[start[y]]
-    for k in range(1, len(weights)):
-        for y in range(top, bottom):
-            out[y] += weights[k, y] * column[start[y] + k]
+# The loops below run over one-dimensional slices, from 0, and count with 32 bits: otherwise Numba allows for negative
+# positions or strides, and the loop is not vectorised.
 
 
 @numba.njit(cache=True, nogil=True)
-def _threshold(values, begin, end, thresholds, bits):  # type: ignore[no-untyped-def]
+def _resample(column, start, weights, begin, end, out):  # type: ignore[no-untyped-def]
+    """Writes rows ``begin`` to ``end`` of a resampled column to ``out``; ``weights`` is (K, rows)."""
+    start, out = start[begin:end], out[begin:end]
+    weights_0, weights_1, weights_2 = weights[0, begin:end], weights[1, begin:end], weights[2, begin:end]
+    for y in range(len(out)):
+        i = start[y]
+        out[y] = weights_0[y] * column[i] + weights_1[y] * column[i + 1] + weights_2[y] * column[i + 2]
+    for k in range(3, len(weights)):
+        weights_k, column_k = weights[k, begin:end], column[k:]
+        for y in range(len(out)):
+            out[y] += weights_k[y] * column_k[start[y]]
+
+
+@numba.njit(cache=True, nogil=True)
+def _blend(columns, weights, begin, end, out):  # type: ignore[no-untyped-def]
+    """Writes rows ``begin`` to ``end`` of the sum of K weighted ``columns`` (K, rows) to ``out``."""
+    out = out[begin:end]
+    column_0, column_1, column_2 = columns[0, begin:end], columns[1, begin:end], columns[2, begin:end]
+    weight_0, weight_1, weight_2 = weights[0], weights[1], weights[2]
+    for y in range(len(out)):
+        out[y] = weight_0 * column_0[y] + weight_1 * column_1[y] + weight_2 * column_2[y]
+    for k in range(3, len(weights)):
+        column, weight = columns[k, begin:end], weights[k]
+        for y in range(len(out)):
+            out[y] += weight * column[y]
+
+
+@numba.njit(cache=True, nogil=True)
+def _threshold(values, thresholds, bits):  # type: ignore[no-untyped-def]
     """Writes whether values are above the middle threshold to ``bits``; the number above low, middle and high."""
     low, middle, high = thresholds
-    n_low, n_middle, n_high = 0, 0, 0
-    for y in range(begin, end):
-        n_low += values[y] > low
-        n_high += values[y] > high
-        on = values[y] > middle
-        n_middle += on
-        bits[y - begin] = on
+    n_low, n_middle, n_high = np.int32(0), np.int32(0), np.int32(0)
+    for y in range(len(values)):
+        n_low = np.int32(n_low + np.int32(values[y] > low))
+        n_middle = np.int32(n_middle + np.int32(values[y] > middle))
+        n_high = np.int32(n_high + np.int32(values[y] > high))
+    for y in range(len(values)):
+        bits[y] = values[y] > middle
     return n_low, n_middle, n_high
 
 
@@ -211,6 +232,7 @@ def _sweep(logits, rows, columns, place, thresholds):  # type: ignore[no-untyped
     # Columns of logits resampled along y: the last few of them, column c in slot c modulo their number.
     ring = np.empty((n_taps, height), np.float32)
     in_ring = np.full(n_taps, -1, np.int64)
+    weights = np.empty(n_taps, np.float32)
     column = np.empty(len(logits), np.float32)
     values = np.empty(height, np.float32)
     words = np.empty(height // 8 + 1, np.uint64)
@@ -234,14 +256,9 @@ def _sweep(logits, rows, columns, place, thresholds):  # type: ignore[no-untyped
                     for r in range(len(logits)):
                         column[r] = logits[r, c]
                     _resample(column, row_start, row_weights, top, bottom, ring[slot])
-                weight = column_weights[k, x]
-                if k == 0:
-                    for y in range(begin, end):
-                        values[y] = weight * ring[slot, y]
-                else:
-                    for y in range(begin, end):
-                        values[y] += weight * ring[slot, y]
-            above_low, n_middle, above_high = _threshold(values, begin, end, thresholds, words.view(np.uint8))
+                weights[slot] = column_weights[k, x]
+            _blend(ring, weights, begin, end, values)
+            above_low, n_middle, above_high = _threshold(values[begin:end], thresholds, words.view(np.uint8))
             area, n_high, n_low = area + n_middle, n_high + above_high, n_low + above_low
         if n_middle == 0:
             begin, end = 0, 0

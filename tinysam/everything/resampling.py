@@ -20,7 +20,8 @@ class Taps:
     """(n_out,) int64, not falling."""
 
     weights: np.ndarray
-    """(K, n_out) float32, not negative; each column sums to 1."""
+    """(K, n_out) float32, not negative; each column sums to 1. K is at least 3, if there are as many inputs, because
+    the mask pass takes three at once."""
 
     first: np.ndarray
     """(n_in,) int64: the first output that takes this input, or n_out."""
@@ -58,7 +59,7 @@ def composed(n_low: int, n_model: int, n_input: int, n_out: int) -> Taps:
     )
     start = index[0]
     index = np.where(weights > 0, index, start)
-    taps = int((index - start).max()) + 1
+    taps = min(max(int((index - start).max()) + 1, 3), n_low)
     start = np.minimum(start, n_low - taps)
     matrix = np.zeros((taps, n_out))
     np.add.at(matrix, (index - start, np.arange(n_out)), weights)
