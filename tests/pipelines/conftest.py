@@ -80,7 +80,7 @@ def ray_address(s3: S3Bucket) -> Iterator[str]:
         environment.delenv("RAY_ADDRESS", raising=False)
         environment.setenv("PYTHONPATH", str(ROOT))
         ray.init(
-            num_cpus=4,
+            num_cpus=2,  # so many idle workers are started at once
             include_dashboard=False,
             object_store_memory=200 * 2**20,
             logging_level="error",
