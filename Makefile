@@ -19,7 +19,7 @@ test-all: .venv/.installed
 	$(BIN)/python -m pytest -q -m ""
 
 soak: .venv/.installed
-	$(BIN)/python -m pytest -q -m soak tests/pipelines
+	$(BIN)/python -m pytest -q -m soak tests/pipelines/test_soak.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .

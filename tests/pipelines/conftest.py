@@ -27,12 +27,13 @@ ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "tests"
 
 
-# Starting Ray and its workers takes most of a minute on two cores, more than `make test` has for all of its tests.
 NEEDS_RAY = "ray_address"
+IN_MAKE_TEST = "starts_ray_in_make_test"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "soak: takes most of an hour; run by `make soak` alone")
+    config.addinivalue_line("markers", f"{IN_MAKE_TEST}: uses Ray, and yet is quick and telling enough for `make test`")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m 'not slow' chooses
@@ -41,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("soak"):
             if "soak" not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason="run by `make soak` alone"))
-        elif NEEDS_RAY in getattr(item, "fixturenames", ()):
+        elif NEEDS_RAY in getattr(item, "fixturenames", ()) and not item.get_closest_marker(IN_MAKE_TEST):
             item.add_marker(pytest.mark.slow)
 
 

@@ -76,16 +76,46 @@ class SoakedJob:
         return bool(found)
 
 
+@pytest.fixture
+def lake(tmp_path: Path) -> Path:
+    folder = tmp_path / "lake"
+    folder.mkdir()
+    return folder
+
+
+def fill(lake: Path, images: int) -> list[str]:
+    """Makes so many images, which nobody looks at; returns their names."""
+    names = [f"{number:05d}.jpg" for number in range(images)]
+    for name in names:
+        (lake / name).write_bytes(b"x")
+    return names
+
+
+@pytest.mark.starts_ray_in_make_test
+def test_a_job_outlives_its_driver_its_workers_and_its_ledger(
+    lake: Path, ray_address: str, tmp_path: Path, read_output: Callable[[str], pa.Table]
+) -> None:
+    names, output = fill(lake, 60), tmp_path / "output"
+    job = SoakedJob(lake, output, ray_address, tmp_path / "log")
+    for victim in ("MapWorker", "Ledger", "driver"):
+        job.wait_for_a_shard()
+        assert job.kill(victim, random.Random(0)), f"the job ended before its {victim} was killed"
+    while not job.ended():
+        time.sleep(0.05)
+    assert read_output(str(output))["image_id"].to_pylist() == names
+    assert verify(str(output)).counts == {"ok": 60}
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_killed_at_random_moments_jobs_lose_and_double_no_image(
-    ray_address: str, tmp_path: Path, read_output: Callable[[str], pa.Table], capsys: pytest.CaptureFixture[str]
+    lake: Path,
+    ray_address: str,
+    tmp_path: Path,
+    read_output: Callable[[str], pa.Table],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    lake = tmp_path / "lake"
-    lake.mkdir()
-    names = [f"{number:05d}.jpg" for number in range(IMAGES)]
-    for name in names:
-        (lake / name).write_bytes(b"x")
+    names = fill(lake, IMAGES)
     moments = random.Random(0)
     kills: Counter[str] = Counter()
     jobs = 0
