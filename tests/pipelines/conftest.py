@@ -32,7 +32,7 @@ IN_MAKE_TEST = "starts_ray_in_make_test"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "soak: takes most of an hour; run by `make soak` alone")
+    config.addinivalue_line("markers", "soak: kills jobs for minutes; run by `make soak` alone")
     config.addinivalue_line("markers", f"{IN_MAKE_TEST}: uses Ray, and yet is quick and telling enough for `make test`")
 
 
