@@ -19,7 +19,7 @@ test-all: .venv/.installed
 	$(BIN)/python -m pytest -q -m ""
 
 soak: .venv/.installed
-	$(BIN)/python -m pytest -q -m soak tests/pipelines
+	$(BIN)/python -m pytest -q -m soak tests/pipelines/test_soak.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -34,9 +34,11 @@ lock: .venv/.installed
 	$(COMPILE) --upgrade -o requirements.lock \
 		$$($(COMPILE) | sed -nE 's/^(nvidia-[a-z0-9-]+|cuda-[a-z-]+|triton)==.*/--no-emit-package \1/p')
 
+# Compiled once here: where PYTHONDONTWRITEBYTECODE is set, as in many containers, each Ray worker would compile torch
+# and all the rest anew, and start in three times the time.
 .venv/.installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	test -x $(UV) || $(BIN)/python -m pip install --quiet uv
-	VIRTUAL_ENV=.venv $(UV) pip install --quiet $(TORCH_FLAG) --requirement requirements.lock
+	VIRTUAL_ENV=.venv $(UV) pip install --quiet --compile-bytecode $(TORCH_FLAG) --requirement requirements.lock
 	VIRTUAL_ENV=.venv $(UV) pip install --quiet --no-deps --editable .
 	touch $@

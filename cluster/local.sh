@@ -39,9 +39,9 @@ start_node() { # name, flags of `ray start`…
   echo "$1: pid $!"
 }
 
-wait_for() { # name
+wait_for() { # name, its place in pids
   until grep -q "Ray runtime started" "$folder/$1.log"; do
-    if ! kill -0 "${pids[-1]}" 2>/dev/null; then
+    if ! kill -0 "${pids[$2]}" 2>/dev/null; then
       cat "$folder/$1.log" >&2
       echo "$1 did not start" >&2
       exit 1
@@ -52,11 +52,9 @@ wait_for() { # name
 
 start_node head --head --port "$port" --num-cpus 0 --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
   --temp-dir "$folder/ray"
-wait_for head
-for number in $(seq "$nodes"); do
-  start_node "node-$number" --address "127.0.0.1:$port" --num-cpus "$cpus"
-  wait_for "node-$number"
-done
+wait_for head 0
+for number in $(seq "$nodes"); do start_node "node-$number" --address "127.0.0.1:$port" --num-cpus "$cpus"; done
+for number in $(seq "$nodes"); do wait_for "node-$number" "$number"; done
 
 ray job submit --address "http://127.0.0.1:$dashboard" --working-dir . -- python "$@" &
 pids+=($!)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 # A test machine has few cores: one thread each keeps parallel Ray workers from fighting over them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray starts its workers at niceness 15: beside any other load they get a thirtieth of a core, and every wait times out.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import numpy as np
 import pytest

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tinysam.everything import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator
-    from tinysam.modeling.checkpoint import CheckpointError, load, save_checkpoint
+    from tinysam.modeling.checkpoint import load, save_checkpoint
+    from tinysam.modeling.errors import CheckpointError
     from tinysam.modeling.registry import SamConfig, TinyViTConfig, ViTConfig, build_sam, sam_model_registry
     from tinysam.predictor import SamPredictor
     from tinysam.runtime.choice import with_engine
@@ -32,7 +33,7 @@ _HOME_OF = {
     "SamAutomaticMaskGenerator": "tinysam.everything",
     "SamHierarchicalMaskGenerator": "tinysam.everything",
     "SamPredictor": "tinysam.predictor",
-    "CheckpointError": "tinysam.modeling.checkpoint",
+    "CheckpointError": "tinysam.modeling.errors",
     "load": "tinysam.modeling.checkpoint",
     "save_checkpoint": "tinysam.modeling.checkpoint",
     "SamConfig": "tinysam.modeling.registry",

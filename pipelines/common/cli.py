@@ -22,7 +22,7 @@ from pipelines.common.stopping import TerminatedError
 from tinysam.lake.filesystem import LakeError
 from tinysam.lake.fingerprint import to_plain
 from tinysam.lake.run_record import redact
-from tinysam.modeling.checkpoint import CheckpointError
+from tinysam.modeling.errors import CheckpointError
 
 T = TypeVar("T")
 

@@ -27,12 +27,13 @@ ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "tests"
 
 
-# Starting Ray and its workers takes most of a minute on two cores, more than `make test` has for all of its tests.
 NEEDS_RAY = "ray_address"
+IN_MAKE_TEST = "starts_ray_in_make_test"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "soak: takes most of an hour; run by `make soak` alone")
+    config.addinivalue_line("markers", "soak: kills jobs for minutes; run by `make soak` alone")
+    config.addinivalue_line("markers", f"{IN_MAKE_TEST}: uses Ray, and yet is quick and telling enough for `make test`")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m 'not slow' chooses
@@ -41,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("soak"):
             if "soak" not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason="run by `make soak` alone"))
-        elif NEEDS_RAY in getattr(item, "fixturenames", ()):
+        elif NEEDS_RAY in getattr(item, "fixturenames", ()) and not item.get_closest_marker(IN_MAKE_TEST):
             item.add_marker(pytest.mark.slow)
 
 
@@ -80,7 +81,7 @@ def ray_address(s3: S3Bucket) -> Iterator[str]:
         environment.delenv("RAY_ADDRESS", raising=False)
         environment.setenv("PYTHONPATH", str(ROOT))
         ray.init(
-            num_cpus=4,
+            num_cpus=2,  # so many idle workers are started at once
             include_dashboard=False,
             object_store_memory=200 * 2**20,
             logging_level="error",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from pipelines import distill
 from pipelines.common.cli import JobError, parse_config
 from pipelines.common.models import weights_sha256
 from tests.distill_cache import write_cache
+from tests.processes import ray_processes
 from tinysam import build_sam, load, save_checkpoint
 from tinysam.distill.history import Line, read_history
 from tinysam.lake.filesystem import LakeError, exists, join, read_bytes
@@ -261,7 +261,7 @@ def test_two_workers_train_one_student_and_survive_the_death_of_one(
 
     def kill_one() -> None:
         wait_for(lambda: exists(join(output, "checkpoints", "latest.json")))
-        os.kill(train_workers()[-1], signal.SIGKILL)
+        os.kill(ray_processes("RayTrainWorker")[-1], signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
@@ -274,21 +274,6 @@ def test_two_workers_train_one_student_and_survive_the_death_of_one(
     assert_same_weights(output, undisturbed)
     steps = [line["step"] for line in history(undisturbed) if "loss" in line]
     assert steps == list(range(1, 6 * 2 * 2 + 1))  # epochs x groups of two shards x ten rows in twice two images
-
-
-def train_workers() -> list[int]:
-    """Process ids of the Ray Train workers that this process's Ray runs; other Rays on the machine are left alone."""
-
-    def parent(pid: int) -> int:
-        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
-
-    found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError, ValueError):
-            pid = int(entry.name)
-            if b"RayTrainWorker" in (entry / "cmdline").read_bytes() and parent(parent(pid)) == os.getpid():
-                found.append(pid)
-    return found
 
 
 def test_a_worker_that_meets_a_bad_shard_ends_the_run_at_once(

@@ -123,6 +123,7 @@ def test_odd_files_are_rows_at_their_upright_size(tmp_path: Path, odd_lake: Any,
             assert mask["size"] == [row["height"], row["width"]]
 
 
+@pytest.mark.starts_ray_in_make_test
 def test_the_job_writes_masks_and_its_record_to_s3(
     s3: Any,
     ray_address: str,

@@ -328,6 +328,8 @@ def _explain(url: str, error: BaseException, writing: bool) -> LakeError:
         )
     if isinstance(error, NotADirectoryError | FileExistsError | IsADirectoryError):
         return LakeError(f"{shown}: a file stands where a folder is needed, or the reverse. Use another path.")
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return LakeError(f"{shown}: the disk is full. Free some space, or use another folder.")
     if isinstance(error, ImportError):
         return LakeError(f"{shown}: the driver for this kind of storage is not installed. {error}.")
     if isinstance(error, ValueError) and "rotocol" in str(error):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from segment_anything.modeling import ImageEncoderViT, Sam
 
 from tinysam.lake.filesystem import is_local, open_filesystem, read_bytes, write_once
+from tinysam.modeling.errors import CheckpointError
 from tinysam.modeling.registry import CONFIGS, SamConfig, ViTConfig, build_sam
 from tinysam.weights import SHIPPED, WeightsError, resolve
 
@@ -30,10 +31,6 @@ _PUBLIC_TO_TIMM = (
     ("patch_embed.seq.2.", "patch_embed.conv2."),
 )
 _UNUSED_PUBLIC_KEYS = ("norm_head.", "head.")
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message names the file, what is off and what to do."""
 
 
 def load(path_or_name: str) -> Sam:
