@@ -24,7 +24,7 @@ from tinysam.lake.run_record import describe_machine, package_versions
 from tinysam.synthetic.write import SceneSet, iter_write
 
 ROOT = Path(__file__).resolve().parents[1]
-Name = Literal["everything", "rounds", "predictor"]
+Name = Literal["everything", "rounds", "predictor", "planning", "driving", "cache_teacher", "label_images"]
 SCENES = 20
 
 
@@ -43,14 +43,18 @@ class Benchmarks:
 
 
 def commands(config: Benchmarks, lake: str) -> dict[Name, list[str]]:
-    """Arguments of each benchmark, as the README's tables have them."""
+    """The module of each benchmark and its arguments, as the README's tables have them."""
     chosen = config.photographs or tuple(path for path in photographs() if path.name == "astronaut.png")
     on_photographs = ["--photographs", *map(str, chosen)]
     return {
         # Random weights of TinySAM's own shape cost what trained ones do, once their masks look like masks.
-        "everything": [*on_photographs, "--checkpoint", "vit_t"],
-        "rounds": ["--lake", lake, "--images", str(SCENES)],
-        "predictor": ["--checkpoint", "vit_t"],
+        "everything": ["everything", *on_photographs, "--checkpoint", "vit_t"],
+        "rounds": ["rounds", "--lake", lake, "--images", str(SCENES)],
+        "predictor": ["predictor", "--checkpoint", "vit_t"],
+        "planning": ["pipelines", "planning"],
+        "driving": ["pipelines", "driving"],
+        "cache_teacher": ["pipelines", "loop", "--job", "cache_teacher"],
+        "label_images": ["pipelines", "loop", "--job", "label_images"],
     }
 
 
@@ -69,7 +73,8 @@ def main() -> int:
         for name in config.only:
             console.rule(f"[bold]{name}[/]", align="left")
             output = ["--output", str(config.output / f"{name}.json")]
-            command = [sys.executable, "-m", f"benchmarks.{name}", *arguments[name], *output]
+            module, *rest = arguments[name]
+            command = [sys.executable, "-m", f"benchmarks.{module}", *rest, *output]
             code = subprocess.run(command, cwd=ROOT, check=False).returncode
             if code:
                 return code

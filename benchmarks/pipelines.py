@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import pipelines as this_module
+from benchmarks.results import write_results
 from pipelines import cache_teacher, label_images
 from pipelines.cache_teacher import CacheTeacherConfig
 from pipelines.common.job_config import ShardJobConfig
@@ -271,7 +272,7 @@ def main() -> None:
     Console(width=max(Console().width, 110)).print(table)
     if config.output is not None:
         config.output.parent.mkdir(parents=True, exist_ok=True)
-        config.output.write_text(json.dumps({"config": options, "rows": rows}, indent=2) + "\n")
+        write_results(config.output, config, rows)
 
 
 if __name__ == "__main__":

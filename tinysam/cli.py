@@ -100,16 +100,14 @@ def build_parser() -> argparse.ArgumentParser:
     everything.add_argument(
         "--pred-iou-thresh",
         type=float,
-        default=0.88,
         metavar="X",
-        help="leave out masks of lower predicted IoU (default: 0.88)",
+        help="leave out masks of lower predicted IoU (default: SAM's 0.88; 0.5 for the models that ship)",
     )
     everything.add_argument(
         "--stability-score-thresh",
         type=float,
-        default=0.95,
         metavar="X",
-        help="leave out masks of lower stability (default: 0.95)",
+        help="leave out masks of lower stability (default: SAM's 0.95; 0.7 for the models that ship)",
     )
     everything.add_argument("--points", action="store_true", help="draw the point that each mask came from")
     everything.add_argument("--boxes", action="store_true", help="draw each mask's box")

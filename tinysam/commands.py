@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from segment_anything.modeling import Sam
 
 
+THRESHOLDS, SHIPPED_THRESHOLDS = (0.88, 0.95), (0.5, 0.7)
+"""Predicted IoU and stability that ``everything`` asks for by default: SAM's own, and lower ones for the models that
+ship, which are less sure of themselves."""
 MAX_FINDINGS = 20
 """Lines of ``verify`` about single files."""
 
@@ -92,12 +95,15 @@ def everything(arguments: argparse.Namespace) -> None:
     pixels = _read_photo(arguments.photo)
     model = _load(arguments.model, arguments.device)
     kind = SamAutomaticMaskGenerator if arguments.flat else SamHierarchicalMaskGenerator
+    min_iou, min_stability = SHIPPED_THRESHOLDS if arguments.model in SHIPPED else THRESHOLDS
+    min_iou = min_iou if arguments.pred_iou_thresh is None else arguments.pred_iou_thresh
+    min_stability = min_stability if arguments.stability_score_thresh is None else arguments.stability_score_thresh
     try:
         generator = kind(
             model,
             points_per_side=arguments.points_per_side,
-            pred_iou_thresh=arguments.pred_iou_thresh,
-            stability_score_thresh=arguments.stability_score_thresh,
+            pred_iou_thresh=min_iou,
+            stability_score_thresh=min_stability,
             output_mode="coco_rle",
         )
     except ValueError as error:
@@ -106,6 +112,11 @@ def everything(arguments: argparse.Namespace) -> None:
     _write_picture(out, draw_masks(pixels, records, points=arguments.points, boxes=arguments.boxes))
     _write_json(arguments, records, pixels)
     _say(f"{len(records)} mask{'' if len(records) == 1 else 's'}: {arguments.photo} → {out}")
+    if not records:
+        _say(
+            f"no mask passed --pred-iou-thresh {min_iou:g} and --stability-score-thresh {min_stability:g}: lower them, "
+            "or use a better --model"
+        )
 
 
 def weights(arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from segment_anything.modeling import Sam
 from tinysam import SamPredictor, save_checkpoint
 from tinysam.cli import EXIT_ERROR, EXIT_OK, EXIT_USAGE, main
 from tinysam.lake.rle import decode_rle
+from tinysam.synthetic import scene
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +180,21 @@ def test_weights_lists_what_there_is(
 def test_weights_that_come_with_the_package_are_only_pointed_at(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["weights", "demo_student"]) == EXIT_OK
     assert "demo_student.safetensors" in capsys.readouterr().out
+
+
+def test_the_models_that_ship_find_something_by_default_and_nothing_found_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(scene(10, size=(256, 256), style="microscopy").pixels).save(tmp_path / "cells.png")
+    arguments = [
+        "everything",
+        str(tmp_path / "cells.png"),
+        "--out",
+        str(tmp_path / "out.png"),
+        "--points-per-side",
+        "8",
+    ]
+    assert main(arguments) == EXIT_OK
+    assert int(capsys.readouterr().out.split()[0]) > 0
+    assert main([*arguments, "--pred-iou-thresh", "2"]) == EXIT_OK
+    assert "no mask passed --pred-iou-thresh 2 and --stability-score-thresh 0.7: lower them" in capsys.readouterr().out
