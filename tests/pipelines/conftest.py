@@ -29,6 +29,8 @@ BUCKET = "tests"
 
 NEEDS_RAY = "ray_address"
 IN_MAKE_TEST = "starts_ray_in_make_test"
+RAY_TIMEOUT_SECONDS = 900
+"""Ray and each of its workers start with seconds of imports, which beside other load are minutes."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,8 +44,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.get_closest_marker("soak"):
             if "soak" not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason="run by `make soak` alone"))
-        elif NEEDS_RAY in getattr(item, "fixturenames", ()) and not item.get_closest_marker(IN_MAKE_TEST):
-            item.add_marker(pytest.mark.slow)
+        elif NEEDS_RAY in getattr(item, "fixturenames", ()):
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(RAY_TIMEOUT_SECONDS))
+            if not item.get_closest_marker(IN_MAKE_TEST):
+                item.add_marker(pytest.mark.slow)
 
 
 @dataclass(frozen=True, kw_only=True)
