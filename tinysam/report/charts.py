@@ -79,7 +79,7 @@ def histogram_chart(
 
 
 def line_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, log: bool = False) -> Markup:
-    """Curves over a common axis, with a legend.
+    """Curves over a common axis of whole numbers (steps, clicks), with a legend.
 
     Args:
         curves: x and y of each curve by its name; values that are not finite are left out.
@@ -112,7 +112,7 @@ def line_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *,
             f'<li><i style="background:{colour}"></i>{escape(name)} <b>{_compact(float(points[-1, 1]))}</b></li>'
         )
     svg = f'<svg class="lines" viewBox="0 0 100 100" preserveAspectRatio="none">{_grid(y)}{"".join(lines)}</svg>'
-    axis = _x_labels(x, lambda value: f"{value:,.0f}")
+    axis = _x_labels(x, lambda value: f"{value:,.0f}", whole=True)
     return Markup(
         f'<div class="plot">{svg}{_y_labels(y, _compact)}</div>{axis}<ul class="legend">{"".join(names)}</ul>'
     )

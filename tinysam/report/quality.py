@@ -34,6 +34,8 @@ class QualityTable:
     dataset: str
     images: int
     """With ground truth."""
+    teacher: str | None
+    """Model whose masks were taken for ground truth."""
     columns: tuple[str, ...]
     """Models."""
     rows: tuple[tuple[str, str, tuple[Cell | None, ...]], ...]
@@ -80,6 +82,7 @@ def _table(name: str, dataset: Mapping[str, Any]) -> QualityTable:
     return QualityTable(
         dataset=name,
         images=int(dataset["images"]),
+        teacher=str(dataset["teacher"]) if dataset.get("teacher") else None,
         columns=tuple(columns),
         rows=tuple((key, title(key), tuple(_cell(values.get(key)) for values in metrics)) for key in keys),
     )

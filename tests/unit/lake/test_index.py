@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from tinysam.lake import listing, schema
 from tinysam.lake.filesystem import LakeError, MissingError, join, write_once
@@ -382,6 +383,25 @@ class TestLakes:
         monkeypatch.setattr("tinysam.lake.index.list_lake", lambda url: iter(files))
         with pytest.raises(LakeError, match=r"two images called 'a\.tar/1\.png'"):
             build_index(IndexConfig(lake="s3://b"))
+
+    def test_a_tar_beside_a_folder_of_its_name_hides_neither(
+        self, tmp_path: Path, png: Png, tar: Tar, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_once(str(tmp_path / "a.tar" / "2.png"), png(1))
+        write_once(str(tmp_path / "b.tar"), tar({"1.png": png(1)}))
+        original = LocalFileSystem.ls
+
+        def ls(self: LocalFileSystem, path: str, detail: bool = False, **options: Any) -> Any:
+            # As in a bucket: the object "a.tar" beside the prefix "a.tar/".
+            entries = original(self, path, detail, **options)
+            return [
+                {**entry, "name": entry["name"].replace("b.tar", "a.tar")} if entry["type"] == "file" else entry
+                for entry in entries
+            ]
+
+        monkeypatch.setattr(LocalFileSystem, "ls", ls)
+        names = [(file.name, file.kind) for file in listing.list_lake(str(tmp_path))]
+        assert sorted(names) == [("a.tar", "tar"), ("a.tar/2.png", "image")]
 
     @pytest.mark.parametrize("options", [{"lake": ""}, {"lake": "x", "limit": 0}])
     def test_settings_are_checked(self, options: dict[str, Any]) -> None:

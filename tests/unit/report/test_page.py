@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -215,6 +216,22 @@ def test_the_command_writes_the_page(
 
 def test_an_evaluation_has_a_page_of_its_own(make_stages: MakeStages) -> None:
     text, document = rendered(make_stages()["scores"])
-    for expected in ("Evaluation of held out", "demo_teacher", "demo_student", "Box mIoU", "mIoU after 2 clicks"):
+    for expected in (
+        "4 images with ground truth",
+        "Evaluation of held out",
+        "demo_teacher",
+        "demo_student",
+        "Box mIoU",
+        "mIoU after 2 clicks",
+    ):
         assert expected.lower() in document.text.lower()
     assert "<script" not in text
+
+
+def test_a_teacher_in_the_place_of_ground_truth_is_named(make_stages: MakeStages) -> None:
+    scores = make_stages()["scores"]
+    results = json.loads((scores / "results.json").read_text())
+    results["datasets"]["held out"]["teacher"] = "sam_vit_h"
+    (scores / "results.json").write_text(json.dumps(results))
+    _, document = rendered(scores)
+    assert "4 images with the masks of sam_vit_h as ground truth" in document.text
