@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,9 +33,12 @@ from tinysam.lake import schema
 from tinysam.lake.fingerprint import fingerprint
 from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.index import read_image_bytes
-from tinysam.runtime.choice import EngineChoice, engine_name, with_engine
+from tinysam.runtime.choice import EngineChoice, decoder_engine_name, engine_name, with_engine
 
 DEFAULT_STUDENT = "demo_student"
+
+EMBEDDED_TOGETHER = {"cpu": 1, "cuda": 16}
+"""Images of a batch of the encoder, by device; more than one gains a CPU nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,17 +109,21 @@ class LabelImagesWorker(ShardWorker):
             "model_sha256": self._model_sha256,
             "labelling": fingerprint(self._config.labelling()),
             "engine": engine_name(self._sam),
+            "decoder_engine": decoder_engine_name(self._sam),
         }
 
     def process(self, rows: pa.Table) -> pa.Table:
         """One row of ``schema.MASKS`` an image, bad images as a status."""
-        threads = self._placement.num_cpus
+        threads, together = self._placement.num_cpus, EMBEDDED_TOGETHER[self._placement.device]
+        read = read_ahead(self._read, rows.to_pylist(), threads=threads, ahead=threads + together)
         done = []
-        for row, pixels in read_ahead(self._read, rows.to_pylist(), threads=threads, ahead=threads + 1):
-            if pixels is not None:
-                with self.clock.stage("segment"):
-                    row["masks"] = self._segment(pixels)
-            done.append(row)
+        while batch := list(islice(read, together)):
+            good = [(row, pixels) for row, pixels in batch if pixels is not None]
+            with self.clock.stage("segment"):
+                found = self._generator.generate_batch([pixels for _, pixels in good], together)
+            for (row, _), records in zip(good, found, strict=True):
+                row["masks"] = self._chosen(records)
+            done += [row for row, _ in batch]
         return pa.Table.from_pylist(done, schema=self.schema)
 
     def _read(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
@@ -129,9 +137,8 @@ class LabelImagesWorker(ShardWorker):
             return out | {"status": error.status, "error": str(error)}, None
         return out | {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels
 
-    def _segment(self, pixels: np.ndarray) -> list[dict[str, Any]]:
-        """Masks as ``schema.MASK``, in the generator's order."""
-        records = self._generator.generate(pixels)
+    def _chosen(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """An image's masks as ``schema.MASK``, in the generator's order."""
         limit = self._config.max_area
         kept = [r for r in records if r["area"] >= self._config.min_area and (limit is None or r["area"] <= limit)]
         if self._config.max_masks is not None and len(kept) > self._config.max_masks:

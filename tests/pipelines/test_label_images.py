@@ -77,6 +77,10 @@ def test_rows_hold_the_generators_masks_at_original_resolution(
 class FixedGenerator:
     """Stands in for a generator: the same five masks for every image."""
 
+    def generate_batch(self, images: list[np.ndarray], encoder_batch_size: int) -> list[list[dict[str, Any]]]:
+        assert encoder_batch_size == 1
+        return [self.generate(image) for image in images]
+
     def generate(self, image: np.ndarray) -> list[dict[str, Any]]:
         common = {"bbox": [0, 0, 1, 1], "stability_score": 1.0, "point_coords": [[0.5, 0.5]]}
         rle = {"size": list(image.shape[:2]), "counts": "1"}
@@ -187,4 +191,17 @@ def test_the_engine_that_ran_is_named_in_the_shards(tmp_path: Path, make_lake: A
     assert make_worker(lake, tiny_checkpoint).metadata()["engine"] == "torch"
     worker = make_worker(lake, tiny_checkpoint, engine="auto")
     assert worker.metadata()["engine"] == "openvino fp32"
+    assert worker.metadata()["decoder_engine"] == "openvino"
     assert process(lake, worker)[0]["masks"]
+
+
+def test_a_batch_has_no_influence_on_a_row(
+    tmp_path: Path, odd_lake: Any, tiny_checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd_lake(tmp_path / "lake")  # some of its files are no images
+    worker = make_worker(tmp_path, tiny_checkpoint)
+    alone = process(tmp_path / "lake", worker)
+    monkeypatch.setitem(label_images.EMBEDDED_TOGETHER, "cpu", 3)
+    batched = process(tmp_path / "lake", worker)
+    assert [row["status"] for row in batched] == [row["status"] for row in alone]
+    assert [len(row["masks"] or []) for row in batched] == [len(row["masks"] or []) for row in alone]
