@@ -18,7 +18,7 @@ from tinysam.everything.factored import DecodedTokens, SharedImage, Update
 from tinysam.everything.low_rank import LowRankDecoder
 from tinysam.quant.graph import quiet_export
 from tinysam.runtime.engine import Engine, EngineConfig, EngineName, Precision, open_engine
-from tinysam.runtime.graphs import cached_graph, default_folder, identity
+from tinysam.runtime.graphs import cached_graph, default_folder, identity, require_finite
 
 GRAPH_VERSION = 1
 """Raised when other graphs are exported, so that cached ones are not used."""
@@ -48,15 +48,14 @@ class DecoderEngines:
 
         Raises:
             EngineError: the engine cannot run the graphs.
+            FloatingPointError: a weight is NaN or infinite.
         """
         precision: Precision = "auto" if bf16 and self.engine == "openvino" else "fp32"
         config = EngineConfig(engine=self.engine, precision=precision, num_threads=torch.get_num_threads())
         encoder = sam.prompt_encoder
-        name = identity(
-            nn.ModuleList([sam.mask_decoder, encoder.pe_layer, encoder.no_mask_embed]),
-            GRAPH_VERSION,
-            encoder.image_embedding_size,
-        )
+        modules = nn.ModuleList([sam.mask_decoder, encoder.pe_layer, encoder.no_mask_embed])
+        require_finite(modules, "the checkpoint's mask decoder")
+        name = identity(modules, GRAPH_VERSION, encoder.image_embedding_size)
         if (name, config) not in self._opened:
             self._opened = {(name, config): self._open(sam, name, config)}
         return GraphDecoder(sam, *self._opened[name, config])

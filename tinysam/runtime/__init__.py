@@ -1,4 +1,4 @@
-"""Engines that run an image encoder's ONNX graph, and the module that lets a Sam carry one."""
+"""Engines that run ONNX graphs, and the module that lets a Sam carry one as its image encoder."""
 
 from __future__ import annotations
 

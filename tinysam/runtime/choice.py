@@ -15,7 +15,7 @@ from tinysam.quant.folder import with_encoder
 from tinysam.quant.graph import export_graph
 from tinysam.runtime.encoder import EngineImageEncoder
 from tinysam.runtime.engine import EngineConfig, EngineError, EngineName
-from tinysam.runtime.graphs import cached_graph, default_folder, identity
+from tinysam.runtime.graphs import cached_graph, default_folder, identity, require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def with_engine(sam: Sam, choice: EngineChoice = "auto", *, bf16: bool = False, 
 
     Raises:
         EngineError: if the engine that was asked for cannot run this encoder.
+        FloatingPointError: if one of the encoder's weights is NaN or infinite.
     """
     if choice == "torch" or _has_engines(sam):
         return sam
@@ -100,5 +101,6 @@ def _with_decoder(sam: Sam, engine: EngineName, graphs: Path | None) -> Sam:
 def _float_graph(sam: Sam, graphs: Path | None) -> bytes:
     """The image encoder's ONNX graph, from the cache or exported into it."""
     encoder, image_size = sam.image_encoder, sam.image_encoder.img_size
+    require_finite(encoder, "the checkpoint's image encoder")
     path = (graphs or default_folder()) / f"{identity(encoder, GRAPH_VERSION, image_size)}.onnx"
     return cached_graph(path, lambda: export_graph(encoder, image_size).SerializeToString())

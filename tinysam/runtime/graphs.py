@@ -28,6 +28,17 @@ def cached_graph(path: Path, export: Callable[[], bytes]) -> bytes:
     return graph
 
 
+def require_finite(module: nn.Module, what: str) -> None:
+    """Refuses damaged weights, which engines may hide: their maximum of NaN and 0 is 0.
+
+    Raises:
+        FloatingPointError: a weight is NaN or infinite.
+    """
+    for name, value in module.state_dict().items():
+        if not torch.isfinite(value).all():
+            raise FloatingPointError(f"{what} is damaged: its weight {name} holds NaN or infinity")
+
+
 def identity(module: nn.Module, *facts: object) -> str:
     """A hash of all that a graph of ``module`` depends on: its structure and weights, torch, and ``facts``."""
     digest = hashlib.sha256(f"{torch.__version__} {facts} {module}".encode())

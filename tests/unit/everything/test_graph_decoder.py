@@ -109,3 +109,10 @@ def test_engines_are_opened_for_many_prompts(
     decoder = ImageDecoders(carrier).of(embedding, prompts=n, tokens=2)
     assert isinstance(decoder, LowRankImageDecoder)
     assert isinstance(decoder.decoder, GraphDecoder) == on_engine
+
+
+def test_damaged_weights_are_reported(sam: Sam, tmp_path: Path) -> None:
+    damaged = copy.deepcopy(sam)
+    damaged.mask_decoder.transformer.norm_final_attn.weight[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="damaged"):
+        DecoderEngines("openvino", tmp_path).open(damaged, bf16=False)

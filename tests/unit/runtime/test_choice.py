@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 from segment_anything.modeling import Sam
 
 from tinysam import SamAutomaticMaskGenerator
+from tinysam.quant.folder import with_encoder
 from tinysam.runtime import EngineError, choice
-from tinysam.runtime.choice import EngineChoice, engine_name, with_engine
+from tinysam.runtime.choice import EngineChoice, decoder_engine_name, engine_name, with_engine
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +95,20 @@ def test_everything_mode_finds_the_same_masks_on_an_engine(tiny_sam: Sam, graphs
     for one, other in zip(found, expected, strict=True):
         union = (one["segmentation"] | other["segmentation"]).sum()
         assert (one["segmentation"] & other["segmentation"]).sum() >= 0.99 * union
+
+
+def test_damaged_weights_are_reported(tiny_sam: Sam, graphs: Path) -> None:
+    damaged = copy.deepcopy(tiny_sam)
+    next(damaged.image_encoder.parameters()).data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="damaged"):
+        with_engine(damaged, graphs=graphs)
+
+
+def test_an_encoder_that_is_an_engine_stays_and_the_decoder_gets_one(tiny_sam: Sam, graphs: Path) -> None:
+    found = with_engine(tiny_sam, "openvino", graphs=graphs)
+    assert decoder_engine_name(found) == "openvino"
+    bare = with_encoder(tiny_sam, found.image_encoder)  # as a quantized model is loaded
+    assert decoder_engine_name(bare) == "torch"
+    carrier = with_engine(bare, graphs=graphs)
+    assert carrier.image_encoder is found.image_encoder
+    assert decoder_engine_name(carrier) == "openvino"
