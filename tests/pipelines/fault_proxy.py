@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-
 FRAMING = ("connection", "content-length", "transfer-encoding")
 """Headers about how the server sends a body, which say nothing about how the proxy does: the server sends longer
 listings in chunks, the proxy all bodies whole."""
