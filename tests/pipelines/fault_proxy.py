@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+FRAMING = ("connection", "content-length", "transfer-encoding")
+"""Headers about how the server sends a body, which say nothing about how the proxy does: the server sends longer
+listings in chunks, the proxy all bodies whole."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
@@ -69,7 +73,7 @@ def fault_proxy(upstream: str) -> Iterator[FaultProxy]:
             connection.endheaders(body or None)
             response = connection.getresponse()
             data = response.read()
-            headers = [(n, v) for n, v in response.getheaders() if n.lower() not in ("content-length", "connection")]
+            headers = [(name, value) for name, value in response.getheaders() if name.lower() not in FRAMING]
             length = int(response.getheader("Content-Length") or 0) if self.command == "HEAD" else None
             self.answer(response.status, headers, data, fault.cut_after, length)
             connection.close()
