@@ -185,10 +185,7 @@ class Result:
 
 def quantize(config: QuantizeConfig, sam: Sam, draw: Draw, sha256: str, clock: StageClock) -> Result:
     """Quantizes, writes the folder but for its run record, loads it again as any user would, and measures that."""
-    searched, measured = itertools.count(1), itertools.count(1)
-
-    def on_search() -> None:
-        error_console.print(f"quantize: scales of layer {next(searched)} searched", highlight=False)
+    measured = itertools.count(1)
 
     def on_layer() -> None:
         error_console.print(f"quantize: effect of layer {next(measured)} on the embedding measured", highlight=False)
@@ -203,7 +200,6 @@ def quantize(config: QuantizeConfig, sam: Sam, draw: Draw, sha256: str, clock: S
                 config.quantization,
                 num_threads=config.engine.num_threads,
                 on_image=lambda: progress.advance(1),
-                on_search=on_search,
                 on_layer=on_layer,
             )
         with clock.stage("write"):

@@ -158,16 +158,11 @@ def run_outputs(session: ort.InferenceSession, tensors: Sequence[str], image: np
 def groups_of(model: onnx.ModelProto, items: Iterable[T], tensors_of: Callable[[T], Sequence[str]]) -> list[list[T]]:
     """Cuts ``items`` into groups whose activations take at most ``GROUP_BYTES``; an item alone may take more."""
     sizes = {info.name: _bytes(info) for info in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
-    return groups_of_size(items, lambda item: sum(sizes[name] for name in tensors_of(item)), GROUP_BYTES)
-
-
-def groups_of_size(items: Iterable[T], size_of: Callable[[T], int], most: int) -> list[list[T]]:
-    """Cuts ``items`` into groups whose sizes add up to at most ``most``; an item alone may be larger."""
     groups: list[list[T]] = []
-    held = most
+    held = GROUP_BYTES
     for item in items:
-        size = size_of(item)
-        if held + size > most:
+        size = sum(sizes[name] for name in tensors_of(item))
+        if held + size > GROUP_BYTES:
             groups.append([])
             held = 0
         groups[-1].append(item)

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -31,11 +31,7 @@ _PRODUCER = "tinysam"
 
 
 def insert_qdq(
-    model: onnx.ModelProto,
-    layers: Sequence[Layer],
-    ranges: Mapping[str, Range],
-    activations: ActivationType = "int8",
-    weight_bounds: Mapping[str, np.ndarray] | None = None,
+    model: onnx.ModelProto, layers: Sequence[Layer], ranges: Mapping[str, Range], activations: ActivationType = "int8"
 ) -> onnx.ModelProto:
     """Quantizes ``layers`` of a float graph and leaves the others as they are.
 
@@ -44,8 +40,6 @@ def insert_qdq(
         layers: some of its layers.
         ranges: what the integers of each of their activations cover.
         activations: int8, symmetric; or uint8, of which all values are used where a range is one-sided, too.
-        weight_bounds: by layer's name, (output channels,): what 127 stands for in each channel of its weight; beyond,
-            weights are clipped. The largest weight of a channel, where a layer is missing.
 
     Returns:
         The QDQ graph, with int8 weights.
@@ -63,11 +57,6 @@ def insert_qdq(
     copy.CopyFrom(model)
     covered = {
         name: TensorData(lowest=np.float32(ranges[name].low), highest=np.float32(ranges[name].high)) for name in names
-    }
-    overrides = {
-        layer.weight: _channel_ranges(layer, weight_bounds[layer.name])
-        for layer in layers
-        if layer.weight is not None and weight_bounds is not None and layer.name in weight_bounds
     }
     with _quiet():
         quantizer = QDQQuantizer(
@@ -87,7 +76,6 @@ def insert_qdq(
                 # A result is rounded only where the next layer takes it as input: one rounding instead of two.
                 "OpTypesToExcludeOutputQuantization": ["Conv", "Gemm", "MatMul"],
                 "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
-                "TensorQuantOverrides": overrides,
             },
         )
         quantizer.quantize_model()
@@ -124,12 +112,6 @@ def weight_scales(model: onnx.ModelProto) -> dict[str, np.ndarray]:
         for node in model.graph.node
         if len(node.input) > 1 and node.input[1] in scale_of
     }
-
-
-def _channel_ranges(layer: Layer, bounds: np.ndarray) -> list[dict[str, Any]]:
-    """Ranges of the output channels of a weight, as ONNX Runtime's quantizer takes them."""
-    axis = 0 if layer.kind == "conv" else 1
-    return [{"axis": axis, "rmin": -bound, "rmax": bound} for bound in bounds.astype(np.float32)]
 
 
 def _keep_others_float(graph: onnx.GraphProto, quantized: set[str]) -> None:

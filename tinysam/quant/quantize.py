@@ -1,4 +1,4 @@
-"""Static W8A8 of a Sam's image encoder."""
+"""Plain static W8A8 of a Sam's image encoder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,11 @@ from segment_anything.modeling import Sam
 from tinysam.predictor import ResizeLongestSide, check_image
 from tinysam.quant.budget import layers_over_budget
 from tinysam.quant.errors import layer_errors
-from tinysam.quant.explicit import explicit_encoder
 from tinysam.quant.fold import fold_batch_norm
 from tinysam.quant.graph import WEIGHTS_VALUE, Layer, LayerKind, export_graph, find_layers
 from tinysam.quant.observe import MinMaxObserver, Observer, PercentileObserver, Range, observe
 from tinysam.quant.qdq import ActivationType, activation_steps, insert_qdq, weight_scales
-from tinysam.quant.sampling import sample_operands
-from tinysam.quant.search import LayerScales, search_scales
-from tinysam.runtime import EngineConfig, EngineImageEncoder, open_engine
-
-Method = Literal["hessian", "mse", "percentile", "minmax"]
+from tinysam.runtime import EngineImageEncoder
 
 BUDGET_IMAGES = 2
 """Calibration images on which ``QuantizationConfig.max_error`` is measured."""
@@ -43,12 +38,9 @@ class QuantizationConfig:
     """uint8: with a zero point, so that what follows a GELU, which is hardly ever negative, gets steps half as wide:
     on a demo student it took a third off the embedding's error. OpenVINO and ONNX Runtime run that, TensorRT does not.
     int8: symmetric around 0, which every engine runs."""
-    method: Method = "percentile"
-    """Where scales come from. minmax: they cover every value seen in calibration. percentile: activations are clipped
-    at a percentile, weights are not. hessian: searched, layer by layer, for the least error of the layer's result,
-    weighed by the squared gradient of the task loss; see ``search_scales``. mse: the same search, unweighed."""
     percentile: float = 99.99
-    """Of the method of this name: the percentage of an activation's values that its range covers."""
+    """An activation's range covers this percentage of the values seen in calibration, and what is beyond is clipped.
+    100: all values (min-max). On the shipped student, 99.99 takes a sixth to a third off the embedding's error."""
     attention_values: bool = False
     """Quantize the products of attention weights and values as well. Softmax spreads its weights over a window's 49 to
     256 tokens, and most get smaller than a step: of the shipped student's error in all, half would come from these few
@@ -60,17 +52,14 @@ class QuantizationConfig:
     hurt most stay in float, as few as suffice. None: no layer stays in float for its error."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.percentile < 100:
-            raise ValueError(
-                f"percentile must be above 0 and below 100, got {self.percentile}; to cover every value, use the "
-                "method minmax"
-            )
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"percentile must be above 0 and at most 100, got {self.percentile}")
         if self.max_error is not None and self.max_error <= 0:
             raise ValueError(f"max_error must be positive, got {self.max_error}")
 
     def make_observer(self) -> Observer:
         """A fresh observer for one activation."""
-        return PercentileObserver(self.percentile) if self.method == "percentile" else MinMaxObserver()
+        return MinMaxObserver() if self.percentile == 100 else PercentileObserver(self.percentile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +77,6 @@ class LayerReport:
     """The integer that stands for 0 in each of its activations."""
     weight_scales: tuple[float, ...] = ()
     """Steps of its weight, one for each output channel."""
-    search_distance: float | None = None
-    """What the search minimised, as a part of what it is with ranges that cover everything; at most 1."""
     relative_error: float | None = None
     """Error of its result on held-out images when only this layer is quantized; see ``layer_errors``."""
     sensitivity: float | None = None
@@ -128,14 +115,12 @@ def quantize_encoder(
     *,
     num_threads: int | None = None,
     on_image: Callable[[], None] = lambda: None,
-    on_search: Callable[[], None] = lambda: None,
     on_layer: Callable[[], None] = lambda: None,
 ) -> QuantizedEncoder:
     """Quantizes the image encoder of ``sam``: its convolutions, linear layers and products of activations.
 
     BatchNorm is folded first; LayerNorm, softmax, GELU, biases and residual connections stay float. The result depends
-    on the arguments alone. Memory is bounded by ``observe.GROUP_BYTES`` beside the encoder's own; a search also keeps
-    what the gradient of one image needs.
+    on the arguments alone. Memory is bounded by ``observe.GROUP_BYTES`` beside the encoder's own.
 
     Args:
         sam: on the CPU, in eval mode; not changed.
@@ -144,12 +129,10 @@ def quantize_encoder(
         config: how to quantize.
         num_threads: CPU threads; None: as many as torch uses.
         on_image: called after each calibration image.
-        on_search: called for each layer whose scales were searched; see ``config.method``.
         on_layer: called for each layer whose sensitivity was measured; see ``config.max_error``.
 
     Raises:
-        QuantizationError: if the encoder is quantized already, there is no image, no layer is left to quantize, or
-            the search does not know the encoder.
+        QuantizationError: if the encoder is quantized already, there is no image, or no layer is left to quantize.
         FloatingPointError: if the encoder's activations are not finite.
     """
     if isinstance(sam.image_encoder, EngineImageEncoder):
@@ -165,12 +148,6 @@ def quantize_encoder(
 
     reasons = _reasons_for_float(layers, ranges, config)
     chosen = [layer for layer in layers if layer.name not in reasons]
-    found: dict[str, LayerScales] = {}
-    if config.method in ("hessian", "mse") and chosen:
-        found = _search(sam, float_model, chosen, ranges, images, config, threads, on_search)
-        for layer in chosen:
-            ranges |= dict(zip(layer.inputs, found[layer.name].ranges, strict=True))
-    weight_bounds = {name: scales.weight_bounds for name, scales in found.items() if scales.weight_bounds is not None}
     sensitivity: dict[str, float] = {}
     if config.max_error is not None and chosen:
         sensitivity = layers_over_budget(
@@ -180,7 +157,6 @@ def quantize_encoder(
             inputs[:BUDGET_IMAGES],
             config.max_error,
             activations=config.activations,
-            weight_bounds=weight_bounds,
             num_threads=threads,
             on_layer=on_layer,
         )
@@ -189,7 +165,7 @@ def quantize_encoder(
     if not chosen:
         raise QuantizationError("no layer is left to quantize; take fewer float_layers, or a larger max_error")
 
-    model = insert_qdq(float_model, chosen, ranges, config.activations, weight_bounds)
+    model = insert_qdq(float_model, chosen, ranges, config.activations)
     onnx.checker.check_model(model)
     errors = layer_errors(
         float_model, model, chosen, (preprocess(sam, image) for image in held_out), num_threads=threads
@@ -214,46 +190,11 @@ def quantize_encoder(
                 activation_scales=tuple(steps[name][0] for name in layer.inputs),
                 activation_zero_points=tuple(steps[name][1] for name in layer.inputs),
                 weight_scales=tuple(weights[layer.name].tolist()) if layer.weight else (),
-                search_distance=found[layer.name].relative_distance if layer.name in found else None,
                 relative_error=errors[layer.name].relative_error,
             )
             for layer in layers
         ),
     )
-
-
-def _search(
-    sam: Sam,
-    float_model: onnx.ModelProto,
-    layers: Sequence[Layer],
-    ranges: Mapping[str, Range],
-    images: Sequence[np.ndarray],
-    config: QuantizationConfig,
-    num_threads: int,
-    on_search: Callable[[], None],
-) -> dict[str, LayerScales]:
-    """Searches from ``ranges``, which cover everything, with the error that they cause as the task loss's."""
-    encoder = explicit_encoder(sam.image_encoder)
-    unknown = {layer.name for layer in layers} - {name for name, _ in encoder.named_modules()}
-    if unknown:
-        raise QuantizationError(
-            f"the method {config.method} works with TinyViT encoders only, and does not know {sorted(unknown)[0]} of "
-            "this one; use the method percentile"
-        )
-    arrays = [preprocess(sam, image) for image in images]
-    resize = ResizeLongestSide(sam.image_encoder.img_size)
-    first = insert_qdq(float_model, layers, ranges, config.activations)
-    engine = open_engine(first.SerializeToString(), EngineConfig(engine="onnxruntime", num_threads=num_threads))
-    samples = sample_operands(
-        sam,
-        encoder,
-        layers,
-        arrays,
-        [resize.get_preprocess_shape(image.shape[0], image.shape[1], resize.target_length) for image in images],
-        [engine.run(array) for array in arrays],
-    )
-    weighed = config.method == "hessian"
-    return search_scales(samples, ranges, config.activations, weigh_by_gradient=weighed, on_layer=on_search)
 
 
 def _reasons_for_float(
