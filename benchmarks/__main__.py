@@ -24,7 +24,7 @@ from tinysam.lake.run_record import describe_machine, package_versions
 from tinysam.synthetic.write import SceneSet, iter_write
 
 ROOT = Path(__file__).resolve().parents[1]
-Name = Literal["everything", "rounds", "predictor"]
+Name = Literal["everything", "rounds", "predictor", "quantization"]
 SCENES = 20
 
 
@@ -51,6 +51,7 @@ def commands(config: Benchmarks, lake: str) -> dict[Name, list[str]]:
         "everything": [*on_photographs, "--checkpoint", "vit_t", "--keep", "0.5"],
         "rounds": ["--lake", lake, "--images", str(SCENES)],
         "predictor": ["--checkpoint", "vit_t"],
+        "quantization": ["--checkpoint", "vit_t"],
     }
 
 
