@@ -24,7 +24,9 @@ from tinysam.lake.run_record import describe_machine, package_versions
 from tinysam.synthetic.write import SceneSet, iter_write
 
 ROOT = Path(__file__).resolve().parents[1]
-Name = Literal["everything", "rounds", "predictor", "planning", "driving", "cache_teacher", "label_images"]
+Name = Literal[
+    "everything", "rounds", "predictor", "quantization", "planning", "driving", "cache_teacher", "label_images"
+]
 SCENES = 20
 
 
@@ -51,6 +53,7 @@ def commands(config: Benchmarks, lake: str) -> dict[Name, list[str]]:
         "everything": ["everything", *on_photographs, "--checkpoint", "vit_t"],
         "rounds": ["rounds", "--lake", lake, "--images", str(SCENES)],
         "predictor": ["predictor", "--checkpoint", "vit_t"],
+        "quantization": ["quantization", "--checkpoint", "vit_t"],
         "planning": ["pipelines", "planning"],
         "driving": ["pipelines", "driving"],
         "cache_teacher": ["pipelines", "loop", "--job", "cache_teacher"],

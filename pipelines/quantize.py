@@ -44,6 +44,7 @@ from tinysam.quant.report import LAYER_KINDS, QuantizationReport, measure
 from tinysam.runtime import EngineConfig, EngineError, EngineImageEncoder
 
 REPORT_FILE = "report.json"
+SEARCH_REPORT_EVERY = 10
 LOW_MASK_IOU = 0.9
 """Below this agreement with the float model, the summary says what to try."""
 
@@ -190,6 +191,13 @@ def quantize(config: QuantizeConfig, sam: Sam, draw: Draw, sha256: str, clock: S
     def on_layer() -> None:
         error_console.print(f"quantize: effect of layer {next(measured)} on the embedding measured", highlight=False)
 
+    searched = itertools.count(1)
+
+    def on_product(name: str, count: int) -> None:
+        number = next(searched)
+        if number % SEARCH_REPORT_EVERY == 0 or number == count:
+            error_console.print(f"quantize: scales of {number} of {count} layers found", highlight=False)
+
     images, held_out = draw.pixels[: config.calibration_images], draw.pixels[config.calibration_images :]
     with JobProgress("quantize", config.num_images, error_console) as progress:
         with clock.stage("quantize"):
@@ -201,6 +209,7 @@ def quantize(config: QuantizeConfig, sam: Sam, draw: Draw, sha256: str, clock: S
                 num_threads=config.engine.num_threads,
                 on_image=lambda: progress.advance(1),
                 on_layer=on_layer,
+                on_product=on_product,
             )
         with clock.stage("write"):
             sizes = save_quantized(
@@ -230,7 +239,7 @@ def print_summary(config: QuantizeConfig, draw: Draw, result: Result) -> None:
     table = Table(show_header=False, title=f"quantize: {config.output}")
     broken = draw.counts.total() - draw.counts[schema.OK]
     table.add_row("images", f"{config.calibration_images} + {config.held_out_images} held out, {broken} broken")
-    table.add_row("layers", f"{report.layers_int8} of {report.layers} in int8")
+    table.add_row("layers", f"{report.layers_int8} of {report.layers} in int8, scales by {config.quantization.method}")
     kernels = ", ".join(
         f"{kind} {' + '.join(f'{count} {precision}' for precision, count in counts.items())}"
         for kind, counts in report.executed.items()

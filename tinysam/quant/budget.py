@@ -22,6 +22,7 @@ def layers_over_budget(
     max_error: float,
     *,
     activations: ActivationType = "int8",
+    weight_bounds: Mapping[str, np.ndarray] | None = None,
     num_threads: int,
     on_layer: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
@@ -37,6 +38,7 @@ def layers_over_budget(
         images: (1, 3, S, S) float32 each, normalised; one or two do.
         max_error: largest relative error over ``images``.
         activations: see :func:`insert_qdq`.
+        weight_bounds: see :func:`insert_qdq`.
         num_threads: CPU threads.
         on_layer: called after each layer; not at all when everything fits into the budget.
 
@@ -46,7 +48,8 @@ def layers_over_budget(
 
     def embeddings(some: Sequence[Layer]) -> list[np.ndarray]:
         config = EngineConfig(engine="onnxruntime", num_threads=num_threads)
-        engine = open_engine(insert_qdq(model, some, ranges, activations).SerializeToString(), config)
+        quantized = insert_qdq(model, some, ranges, activations, weight_bounds)
+        engine = open_engine(quantized.SerializeToString(), config)
         return [engine.run(image) for image in images]
 
     expected = embeddings([])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 from timm.models.tiny_vit import ConvNorm
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+M = TypeVar("M", bound=nn.Module)
 
-def fold_batch_norm(module: nn.Module) -> nn.Module:
+
+def fold_batch_norm(module: M) -> M:
     """A copy of ``module`` in which every convolution with BatchNorm is one convolution with a bias.
 
     The output stays the same but for rounding (relative 1e-6). Quantizing comes after: the folded weights are what the

@@ -31,7 +31,11 @@ _PRODUCER = "tinysam"
 
 
 def insert_qdq(
-    model: onnx.ModelProto, layers: Sequence[Layer], ranges: Mapping[str, Range], activations: ActivationType = "int8"
+    model: onnx.ModelProto,
+    layers: Sequence[Layer],
+    ranges: Mapping[str, Range],
+    activations: ActivationType = "int8",
+    weight_bounds: Mapping[str, np.ndarray] | None = None,
 ) -> onnx.ModelProto:
     """Quantizes ``layers`` of a float graph and leaves the others as they are.
 
@@ -40,6 +44,8 @@ def insert_qdq(
         layers: some of its layers.
         ranges: what the integers of each of their activations cover.
         activations: int8, symmetric; or uint8, of which all values are used where a range is one-sided, too.
+        weight_bounds: by weight's name, (output channels,) the largest absolute value that the integers of each
+            channel cover. Weights without one are covered whole.
 
     Returns:
         The QDQ graph, with int8 weights.
@@ -76,6 +82,7 @@ def insert_qdq(
                 # A result is rounded only where the next layer takes it as input: one rounding instead of two.
                 "OpTypesToExcludeOutputQuantization": ["Conv", "Gemm", "MatMul"],
                 "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
+                "TensorQuantOverrides": _overrides(layers, weight_bounds or {}),
             },
         )
         quantizer.quantize_model()
@@ -111,6 +118,18 @@ def weight_scales(model: onnx.ModelProto) -> dict[str, np.ndarray]:
         node.name: np.atleast_1d(numpy_helper.to_array(scale_of[node.input[1]]))
         for node in model.graph.node
         if len(node.input) > 1 and node.input[1] in scale_of
+    }
+
+
+def _overrides(layers: Sequence[Layer], bounds: Mapping[str, np.ndarray]) -> dict[str, list[dict[str, object]]]:
+    """Weight bounds as ONNX Runtime's quantizer takes them."""
+    return {
+        layer.weight: [
+            {"axis": 0 if layer.kind == "conv" else 1, "rmin": np.float32(-bound), "rmax": np.float32(bound)}
+            for bound in bounds[layer.weight]
+        ]
+        for layer in layers
+        if layer.weight is not None and layer.weight in bounds
     }
 
 

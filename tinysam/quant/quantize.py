@@ -1,10 +1,10 @@
-"""Plain static W8A8 of a Sam's image encoder."""
+"""Static W8A8 of a Sam's image encoder, as a graph of integers."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -19,8 +19,12 @@ from tinysam.quant.fold import fold_batch_norm
 from tinysam.quant.graph import WEIGHTS_VALUE, Layer, LayerKind, export_graph, find_layers
 from tinysam.quant.observe import MinMaxObserver, Observer, PercentileObserver, Range, observe
 from tinysam.quant.qdq import ActivationType, activation_steps, insert_qdq, weight_scales
+from tinysam.quant.scheme import Method, Scheme
+from tinysam.quant.search import ProductGrids, SearchConfig, find_grids
 from tinysam.runtime import EngineImageEncoder
 
+ENCODER = "image_encoder."
+"""What precedes the name of a layer in the Sam."""
 BUDGET_IMAGES = 2
 """Calibration images on which ``QuantizationConfig.max_error`` is measured."""
 
@@ -34,13 +38,17 @@ class QuantizationConfig:
     """How the encoder is quantized: 8-bit weights and activations, one scale for each activation tensor and one for
     each output channel of a weight."""
 
+    method: Method = "percentile"
+    """How scales are found: hessian, mse, percentile or minmax; see ``tinysam.quant.scheme.Scheme.method``."""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """Of the methods hessian and mse."""
     activations: ActivationType = "uint8"
     """uint8: with a zero point, so that what follows a GELU, which is hardly ever negative, gets steps half as wide:
     on a demo student it took a third off the embedding's error. OpenVINO and ONNX Runtime run that, TensorRT does not.
     int8: symmetric around 0, which every engine runs."""
     percentile: float = 99.99
-    """An activation's range covers this percentage of the values seen in calibration, and what is beyond is clipped.
-    100: all values (min-max). On the shipped student, 99.99 takes a sixth to a third off the embedding's error."""
+    """Of the method percentile: a range covers this percentage of the values seen in calibration, and what is beyond
+    is clipped. On the shipped student, 99.99 takes a sixth to a third off the embedding's error."""
     attention_values: bool = False
     """Quantize the products of attention weights and values as well. Softmax spreads its weights over a window's 49 to
     256 tokens, and most get smaller than a step: of the shipped student's error in all, half would come from these few
@@ -59,7 +67,20 @@ class QuantizationConfig:
 
     def make_observer(self) -> Observer:
         """A fresh observer for one activation."""
-        return MinMaxObserver() if self.percentile == 100 else PercentileObserver(self.percentile)
+        return PercentileObserver(self.percentile) if self.method == "percentile" else MinMaxObserver()
+
+    def scheme(self) -> Scheme:
+        """The same for the search and the simulation: what integer kernels can do, and no more."""
+        return Scheme(
+            method=self.method,
+            affine=self.activations == "uint8",
+            two_ranges=False,
+            per_head=False,
+            per_channel_linear=True,
+            percentile=self.percentile,
+            only=f"{ENCODER}*",
+            floats=() if self.attention_values else (f"*{WEIGHTS_VALUE}",),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +137,7 @@ def quantize_encoder(
     num_threads: int | None = None,
     on_image: Callable[[], None] = lambda: None,
     on_layer: Callable[[], None] = lambda: None,
+    on_product: Callable[[str, int], None] = lambda name, count: None,
 ) -> QuantizedEncoder:
     """Quantizes the image encoder of ``sam``: its convolutions, linear layers and products of activations.
 
@@ -130,6 +152,7 @@ def quantize_encoder(
         num_threads: CPU threads; None: as many as torch uses.
         on_image: called after each calibration image.
         on_layer: called for each layer whose sensitivity was measured; see ``config.max_error``.
+        on_product: called for each layer whose scales were searched, with its name and the number of them.
 
     Raises:
         QuantizationError: if the encoder is quantized already, there is no image, or no layer is left to quantize.
@@ -140,11 +163,17 @@ def quantize_encoder(
     if not images or not held_out:
         raise QuantizationError("quantization needs at least one calibration image and one held-out image")
     threads = num_threads or torch.get_num_threads()
-    float_model = export_graph(fold_batch_norm(sam.image_encoder), sam.image_encoder.img_size)
+    folded = fold_batch_norm(sam).requires_grad_(False)
+    float_model = export_graph(folded.image_encoder, sam.image_encoder.img_size)
     layers = find_layers(float_model)
     inputs = [preprocess(sam, image) for image in images]
-    tensors = list(dict.fromkeys(name for layer in layers for name in layer.inputs))
-    ranges = observe(float_model, tensors, inputs, config.make_observer, num_threads=threads, on_image=on_image)
+    bounds: dict[str, np.ndarray] = {}
+    if config.scheme().searches:
+        grids = find_grids(folded, images, config.scheme(), config.search, on_image=on_image, on_product=on_product)
+        ranges, bounds = graph_ranges(layers, grids)
+    else:
+        tensors = list(dict.fromkeys(name for layer in layers for name in layer.inputs))
+        ranges = observe(float_model, tensors, inputs, config.make_observer, num_threads=threads, on_image=on_image)
 
     reasons = _reasons_for_float(layers, ranges, config)
     chosen = [layer for layer in layers if layer.name not in reasons]
@@ -157,6 +186,7 @@ def quantize_encoder(
             inputs[:BUDGET_IMAGES],
             config.max_error,
             activations=config.activations,
+            weight_bounds=bounds,
             num_threads=threads,
             on_layer=on_layer,
         )
@@ -165,7 +195,7 @@ def quantize_encoder(
     if not chosen:
         raise QuantizationError("no layer is left to quantize; take fewer float_layers, or a larger max_error")
 
-    model = insert_qdq(float_model, chosen, ranges, config.activations)
+    model = insert_qdq(float_model, chosen, ranges, config.activations, bounds)
     onnx.checker.check_model(model)
     errors = layer_errors(
         float_model, model, chosen, (preprocess(sam, image) for image in held_out), num_threads=threads
@@ -197,6 +227,27 @@ def quantize_encoder(
     )
 
 
+def graph_ranges(
+    layers: Sequence[Layer], grids: Mapping[str, ProductGrids]
+) -> tuple[dict[str, Range], dict[str, np.ndarray]]:
+    """Searched grids as :func:`insert_qdq` takes them: ranges of activations, and bounds of weights.
+
+    Args:
+        layers: of the encoder's graph. One without grids, whose activations are 0 or which stays float, gets an empty
+            range.
+        grids: by product's name in the Sam, of ``QuantizationConfig.scheme``.
+    """
+    ranges: dict[str, Range] = {}
+    bounds: dict[str, np.ndarray] = {}
+    for layer in layers:
+        found = grids.get(ENCODER + layer.name)
+        for side, name in enumerate(layer.inputs):
+            ranges[name] = Range(low=0.0, high=0.0) if found is None else found.covered(side)
+        if found is not None and layer.weight is not None:
+            bounds[layer.weight] = found.weight_bounds()
+    return ranges, bounds
+
+
 def _reasons_for_float(
     layers: Sequence[Layer], ranges: Mapping[str, Range], config: QuantizationConfig
 ) -> dict[str, str]:
@@ -208,9 +259,9 @@ def _reasons_for_float(
     for layer in layers:
         if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in config.float_layers):
             reasons[layer.name] = "float_layers names it"
+        elif layer.name.endswith(WEIGHTS_VALUE) and not config.attention_values:
+            reasons[layer.name] = "attention_values is off"
         elif any(ranges[name].bound == 0.0 for name in layer.inputs):
             # No step can be derived from zeros alone, and one that is made up would round other images to nothing.
             reasons[layer.name] = "an input of it is 0 on every calibration image"
-        elif layer.name.endswith(WEIGHTS_VALUE) and not config.attention_values:
-            reasons[layer.name] = "attention_values is off"
     return reasons

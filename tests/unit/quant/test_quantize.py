@@ -73,7 +73,7 @@ def test_a_lower_percentile_makes_finer_steps(
     quantized: QuantizedEncoder,
     everything: QuantizationConfig,
 ) -> None:
-    clipped = quantize(replace(everything, percentile=99.0))
+    clipped = quantize(replace(everything, method="percentile", percentile=99.0))
     pairs = [
         (a, b)
         for fine, coarse in zip(clipped.layers, quantized.layers, strict=True)
