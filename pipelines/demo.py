@@ -47,7 +47,7 @@ EVERYTHING = (
     *("--everything.points-per-side", "16", "--everything.pred-iou-thresh", "0.5"),
     *("--everything.stability-score-thresh", "0.7"),
 )
-"""SAM's thresholds presume a model as sure of itself as SAM; the demo's models were trained for an hour."""
+"""SAM's thresholds presume a model as sure of itself as SAM; the demo's models were trained for a few hours."""
 MARKER = ".tinysam-demo"
 """Lies in a folder that the demo made, and so may empty."""
 
