@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.inputs import load_or_random
 from benchmarks.results import write_results
-from tinysam import SamPredictor, load, sam_model_registry
-from tinysam.modeling.checkpoint import is_untrained
+from tinysam import SamPredictor
 from tinysam.runtime.choice import with_engine
 
 REFERENCE = "segment-anything"
@@ -52,7 +52,7 @@ class PredictorBenchmark:
 def predictors(config: PredictorBenchmark) -> dict[str, Any]:
     """segment-anything's predictor first, then ours on each engine."""
     torch.manual_seed(0)
-    sam = sam_model_registry[config.checkpoint]() if is_untrained(config.checkpoint) else load(config.checkpoint)
+    sam = load_or_random(config.checkpoint)
     return {
         REFERENCE: segment_anything.SamPredictor(sam),
         "torch": SamPredictor(sam),

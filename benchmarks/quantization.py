@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,14 +25,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.inputs import images_with_objects, load_or_random
 from benchmarks.results import write_results
-from tinysam import load, sam_model_registry
-from tinysam.eval.ground_truth import read_objects
+from tinysam import load
 from tinysam.eval.image import EvalConfig, ImageScores, evaluate_image
-from tinysam.eval.masks import Rle, paired_iou
+from tinysam.eval.masks import paired_iou
 from tinysam.lake.images import decode_image
 from tinysam.lake.index import IndexConfig, build_index, read_image_bytes
-from tinysam.modeling.checkpoint import checkpoint_bytes, is_untrained
+from tinysam.modeling.checkpoint import checkpoint_bytes
 from tinysam.quant import QuantizationConfig, quantize_encoder
 from tinysam.quant.calibrate import CalibrationConfig
 from tinysam.quant.fold import fold_batch_norm
@@ -89,7 +88,7 @@ class QuantizationBenchmark:
 def speed(config: QuantizationBenchmark) -> list[dict[str, Any]]:
     """A row an encoder: median milliseconds of an image, speed-up against torch, bytes of all that is deployed."""
     torch.manual_seed(0)
-    sam = sam_model_registry[config.checkpoint]() if is_untrained(config.checkpoint) else load(config.checkpoint)
+    sam = load_or_random(config.checkpoint)
     rng = np.random.default_rng(0)
     side = sam.image_encoder.img_size
     images = [rng.integers(0, 256, (side, side, 3), dtype=np.uint8) for _ in range(2)]
@@ -138,7 +137,8 @@ def accuracy(config: QuantizationBenchmark, console: Console) -> list[dict[str, 
     """A row for each bits, method and draw; the float model's first."""
     sam = fold_batch_norm(load(config.checkpoint)).requires_grad_(False)
     assert config.calibration is not None
-    truths = list(islice(images_with_objects(config), config.images))
+    assert config.lake is not None
+    truths = list(islice(images_with_objects(config.lake, config.annotations), config.images))
     expected = [evaluate_image(sam, pixels, objects, config=BOXES) for pixels, objects in truths]
     rows = [{"bits": 32, "method": "float", "draw": 0, "seconds": 0.0, **scores(expected, expected)}]
     index = build_index(IndexConfig(lake=config.calibration))
@@ -172,16 +172,6 @@ def scores(found: list[ImageScores], expected: list[ImageScores]) -> dict[str, f
     ]
     ious = [score.box_multimask_iou for score in found if score.box_multimask_iou is not None]
     return {"box_miou": float(np.concatenate(ious).mean()), "agreement": float(np.concatenate(agreement).mean())}
-
-
-def images_with_objects(config: QuantizationBenchmark) -> Iterator[tuple[np.ndarray, list[Rle]]]:
-    """Pixels and masks of the lake's images that have any."""
-    assert config.lake is not None
-    for row in build_index(IndexConfig(lake=config.lake, annotations=config.annotations)).to_pylist():
-        pixels = decode_image(read_image_bytes(row))
-        objects = read_objects(row, *pixels.shape[:2])
-        if objects is not None and objects.rles:
-            yield pixels, objects.rles
 
 
 def main() -> None:

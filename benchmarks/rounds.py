@@ -9,7 +9,6 @@ the flat grid's. Settings take turns on each image. The paper has 98.8 % of the 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,13 +21,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.inputs import images_with_objects
 from benchmarks.results import write_results
 from tinysam import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator, load
 from tinysam.eval.everything import EverythingScores, score_everything
-from tinysam.eval.ground_truth import read_objects
-from tinysam.eval.masks import Rle
-from tinysam.lake.images import decode_image
-from tinysam.lake.index import IndexConfig, build_index, read_image_bytes
 from tinysam.runtime.choice import EngineChoice, engine_name, with_engine
 
 
@@ -100,15 +96,6 @@ def generators(config: RoundsBenchmark, sam: Any) -> dict[str, SamAutomaticMaskG
     return found
 
 
-def images_with_objects(config: RoundsBenchmark) -> Iterator[tuple[np.ndarray, list[Rle]]]:
-    """Pixels and masks of the lake's images that have any."""
-    for row in build_index(IndexConfig(lake=config.lake, annotations=config.annotations)).to_pylist():
-        pixels = decode_image(read_image_bytes(row))
-        objects = read_objects(row, *pixels.shape[:2])
-        if objects is not None and objects.rles:
-            yield pixels, objects.rles
-
-
 def main() -> None:
     """Measures, prints a table, and writes the results."""
     config = tyro.cli(RoundsBenchmark, description=__doc__)
@@ -118,7 +105,10 @@ def main() -> None:
     variants = generators(config, sam)
     tallies = {name: Tally() for name in variants}
     for pixels, truths in track(
-        islice(images_with_objects(config), config.images), "Images", config.images, console=console
+        islice(images_with_objects(config.lake, config.annotations), config.images),
+        "Images",
+        config.images,
+        console=console,
     ):
         for name, generator in variants.items():
             start = time.process_time()
