@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from segment_anything.modeling import Sam
@@ -20,6 +21,17 @@ from tinysam.distill.samples import Sample, content_mask
 from tinysam.distill.teacher_masks import TeacherMaskConfig, add_teacher_masks
 
 SINGLE_MASK = 0  # SAM's decoder predicts the unambiguous mask first, then three ambiguous ones
+
+
+class SingleMask(NamedTuple):
+    """A student's single-mask output for ``N`` prompts, without gradients."""
+
+    low_res: torch.Tensor
+    """``(N, 1, h, w)`` logits, as a mask prompt takes them."""
+    mask: torch.Tensor
+    """``(N, H, W)`` bool in the targets' frame."""
+    iou: torch.Tensor
+    """``(N,)`` with the ground truth."""
 
 
 class DistillationLoss(nn.Module):
@@ -101,16 +113,15 @@ class DistillationLoss(nn.Module):
                 with torch.no_grad(), autocast:
                     taught = decode(teacher, batch.embedding, teacher_positions, prompts, mask_logits)
             run = partial(recomputed, self._round) if self.recompute_rounds else self._round
-            round_terms, low_res = run(embeddings, positions, prompts, mask_logits, taught, targets, weight, autocast)
+            round_terms, decoded = run(embeddings, positions, prompts, mask_logits, taught, targets, weight, autocast)
             for name, value in round_terms.items():
                 terms[name] = terms.get(name, 0) + value / (len(refinements) + 1)
-            logits = at_target_stride(low_res[:, None])[:, 0]
             if number == 0:
-                difficulty = _difficulty(logits, taught, targets, weight).unflatten(0, batch.weight.shape).nanmean(1)
+                difficulty = _difficulty(decoded, taught, targets, weight).unflatten(0, batch.weight.shape).nanmean(1)
             if number < len(refinements):
-                points, labels = next_points(targets > 0.5, logits > 0, self.prompts.policy, generator)
+                points, labels = next_points(targets > 0.5, decoded.mask, self.prompts.policy, generator)
                 prompts = prompts.extended(points + offset, labels)
-                mask_logits = low_res[:, None] if refinements[number] else None
+                mask_logits = decoded.low_res if refinements[number] else None
 
         total = sum((getattr(config, name) * value for name, value in terms.items()), start=embeddings.new_zeros(()))
         return total, {name: value.detach() for name, value in terms.items()}, difficulty
@@ -125,8 +136,8 @@ class DistillationLoss(nn.Module):
         targets: torch.Tensor,
         weight: torch.Tensor,
         autocast: torch.autocast,
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """The terms of a round of prompts, and ``(N, h, w)`` low-resolution single-mask logits without gradient."""
+    ) -> tuple[dict[str, torch.Tensor], SingleMask]:
+        """The terms of a round of prompts, and what the student's single-mask output was."""
         config = self.losses
         with autocast:
             decoded = decode(self.student, embeddings, positions, prompts, mask_logits)
@@ -153,22 +164,26 @@ class DistillationLoss(nn.Module):
         if taught is not None and config.output > 0:
             hardness = torch.full_like(weight, 0.5)
             if config.hard_mask_weight:
-                taught_iou = losses.mask_iou(at_target_stride(taught.logits), truth)
-                hardness = losses.hard_mask_weight(taught_iou[:, SINGLE_MASK], actual_iou[:, SINGLE_MASK])
+                hardness = losses.hard_mask_weight(_single_iou(taught, truth), actual_iou[:, SINGLE_MASK])
             terms["output"] = mean(hardness * losses.output_loss(low_res, taught.logits.float(), config))
-        return terms, low_res[:, SINGLE_MASK].detach()
+        return terms, SingleMask(
+            low_res=low_res[:, SINGLE_MASK, None].detach(),
+            mask=logits[:, SINGLE_MASK] > 0,
+            iou=actual_iou[:, SINGLE_MASK],
+        )
 
 
 def _difficulty(
-    logits: torch.Tensor, taught: Decoded | None, targets: torch.Tensor, weight: torch.Tensor
+    decoded: SingleMask, taught: Decoded | None, targets: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """``(N,)`` by how much the teacher's IoU exceeds the student's; NaN where there is no mask."""
-    truth = targets[:, None]
-    student_iou = losses.mask_iou(logits[:, None], truth)[:, 0]
-    if taught is None:
-        return (1 - student_iou).masked_fill(weight == 0, torch.nan)
-    teacher_iou = losses.mask_iou(at_target_stride(taught.logits[:, SINGLE_MASK, None]), truth)[:, 0]
-    return (teacher_iou - student_iou).masked_fill(weight == 0, torch.nan)
+    teacher_iou = 1.0 if taught is None else _single_iou(taught, targets[:, None])
+    return (teacher_iou - decoded.iou).masked_fill(weight == 0, torch.nan)
+
+
+def _single_iou(decoded: Decoded, truth: torch.Tensor) -> torch.Tensor:
+    """``(N,)`` IoU of single-mask outputs with ``(N, 1, H, W)`` coverages."""
+    return losses.mask_iou(at_target_stride(decoded.logits[:, SINGLE_MASK, None]), truth)[:, 0]
 
 
 def preprocess(sam: Sam, images: torch.Tensor, content_size: torch.Tensor) -> torch.Tensor:

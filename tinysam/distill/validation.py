@@ -93,15 +93,16 @@ def _ious(
         return mask_iou(at_target_stride(logits), targets[:, None])
 
     boxed = iou(run(box_prompts(boxes)).logits)[:, SINGLE_MASK]
-    prompts = point_prompts(centres(targets > 0.5))
+    truth = targets > 0.5
+    prompts = point_prompts(centres(truth))
     clicked = run(prompts)
     clicked_iou = iou(clicked.logits)[:, 1:]
     chosen = clicked.predicted_iou[:, 1:].argmax(1, keepdim=True)
     logits = clicked.logits.gather(1, (chosen + 1)[..., None, None].expand(-1, 1, *clicked.logits.shape[2:]))
     for _ in range(CORRECTIONS):
-        wrong = (at_target_stride(logits)[:, 0] > 0) ^ (targets > 0.5)
+        wrong = (at_target_stride(logits)[:, 0] > 0) ^ truth
         points = centres(wrong)
-        prompts = prompts.extended(points, click_labels(points, targets > 0.5, wrong))
+        prompts = prompts.extended(points, click_labels(points, truth, wrong))
         logits = run(prompts, logits.float()).logits[:, SINGLE_MASK, None]
     return {
         "box": boxed,
