@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from tinysam.everything.factored import DecodedTokens, SharedImage, Update
 from tinysam.everything.low_rank import LowRankDecoder
-from tinysam.quant.graph import quiet_export
 from tinysam.runtime.engine import Engine, EngineConfig, EngineName, Precision, open_engine
-from tinysam.runtime.graphs import cached_graph, default_folder, identity, require_finite
+from tinysam.runtime.graphs import cached_graph, default_folder, identity, quiet_export, require_finite
 
 GRAPH_VERSION = 1
 """Raised when other graphs are exported, so that cached ones are not used."""
@@ -61,9 +60,8 @@ class DecoderEngines:
         return GraphDecoder(sam, *self._opened[name, config])
 
     def _open(self, sam: Sam, name: str, config: EngineConfig) -> tuple[Engine, Engine]:
-        decoder = LowRankDecoder(sam)
-        decode = cached_graph(self.graphs / f"{name}-decode.onnx", lambda: export_decode(decoder))
-        upscale = cached_graph(self.graphs / f"{name}-upscale.onnx", lambda: export_upscale(decoder))
+        decode = cached_graph(self.graphs / f"{name}-decode.onnx", lambda: export_decode(LowRankDecoder(sam)))
+        upscale = cached_graph(self.graphs / f"{name}-upscale.onnx", lambda: export_upscale(LowRankDecoder(sam)))
         return open_engine(decode, config), open_engine(upscale, config)
 
     def __getstate__(self) -> dict[str, object]:

@@ -11,7 +11,7 @@ from segment_anything.modeling import Sam
 
 from tinysam.predictor import ResizeLongestSide, check_image
 from tinysam.quant.curvature import click_grid, log_likelihood
-from tinysam.quant.observe import MinMaxObserver, Observer, PercentileObserver
+from tinysam.quant.observe import Observer
 from tinysam.quant.products import Compute, Product, ProductMode
 from tinysam.quant.samples import Sample, take
 from tinysam.quant.scheme import Scheme, cell_shape
@@ -146,11 +146,7 @@ def _first_sight(product: Product, left: torch.Tensor, right: torch.Tensor, sche
     weight = None if product.kind == "matmul" else right.detach()
 
     def observers(shape: tuple[int, ...]) -> list[Observer]:
-        is_clipped = scheme.method == "percentile" and scheme.percentile < 100
-        return [
-            PercentileObserver(scheme.percentile) if is_clipped else MinMaxObserver()
-            for _ in range(int(np.prod(shape)))
-        ]
+        return [scheme.make_observer() for _ in range(int(np.prod(shape)))]
 
     return Seen(
         product=product,

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import copy
 import functools
-import io
-import logging
 import math
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +14,8 @@ import onnx
 import torch
 from timm.models.tiny_vit import Attention
 from torch import nn
+
+from tinysam.runtime.graphs import quiet_export
 
 INPUT, OUTPUT = "image", "embedding"
 """Names of the graph's input and output."""
@@ -143,17 +141,3 @@ def _drop_traces(graph: onnx.GraphProto) -> None:
     for item in (*graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         del item.metadata_props[:]
         item.doc_string = ""
-
-
-@contextlib.contextmanager
-def quiet_export() -> Iterator[None]:
-    """Holds back the exporter's progress messages and its warnings about torch itself."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        exporter.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            exporter.setLevel(level)

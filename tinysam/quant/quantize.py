@@ -17,7 +17,7 @@ from tinysam.quant.budget import layers_over_budget
 from tinysam.quant.errors import layer_errors
 from tinysam.quant.fold import fold_batch_norm
 from tinysam.quant.graph import WEIGHTS_VALUE, Layer, LayerKind, export_graph, find_layers
-from tinysam.quant.observe import MinMaxObserver, Observer, PercentileObserver, Range, observe
+from tinysam.quant.observe import Range, observe
 from tinysam.quant.qdq import ActivationType, activation_steps, insert_qdq, weight_scales
 from tinysam.quant.scheme import Method, Scheme
 from tinysam.quant.search import ProductGrids, SearchConfig, find_grids
@@ -64,10 +64,6 @@ class QuantizationConfig:
             raise ValueError(f"percentile must be above 0 and at most 100, got {self.percentile}")
         if self.max_error is not None and self.max_error <= 0:
             raise ValueError(f"max_error must be positive, got {self.max_error}")
-
-    def make_observer(self) -> Observer:
-        """A fresh observer for one activation."""
-        return PercentileObserver(self.percentile) if self.method == "percentile" else MinMaxObserver()
 
     def scheme(self) -> Scheme:
         """The same for the search and the simulation: what integer kernels can do, and no more."""
@@ -168,12 +164,13 @@ def quantize_encoder(
     layers = find_layers(float_model)
     inputs = [preprocess(sam, image) for image in images]
     bounds: dict[str, np.ndarray] = {}
-    if config.scheme().searches:
-        grids = find_grids(folded, images, config.scheme(), config.search, on_image=on_image, on_product=on_product)
+    scheme = config.scheme()
+    if scheme.searches:
+        grids = find_grids(folded, images, scheme, config.search, on_image=on_image, on_product=on_product)
         ranges, bounds = graph_ranges(layers, grids)
     else:
         tensors = list(dict.fromkeys(name for layer in layers for name in layer.inputs))
-        ranges = observe(float_model, tensors, inputs, config.make_observer, num_threads=threads, on_image=on_image)
+        ranges = observe(float_model, tensors, inputs, scheme.make_observer, num_threads=threads, on_image=on_image)
 
     reasons = _reasons_for_float(layers, ranges, config)
     chosen = [layer for layer in layers if layer.name not in reasons]

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from tinysam.quant.grids import GridFamily, GridKind
+from tinysam.quant.observe import MinMaxObserver, Observer, PercentileObserver
 from tinysam.quant.products import Product
 
 Method = Literal["hessian", "mse", "percentile", "minmax"]
@@ -51,6 +52,12 @@ class Scheme:
     def searches(self) -> bool:
         """Whether scales come from a search."""
         return self.method in ("hessian", "mse")
+
+    def make_observer(self) -> Observer:
+        """A fresh observer of what one scale of an activation has to cover."""
+        if self.method == "percentile" and self.percentile < 100:
+            return PercentileObserver(self.percentile)
+        return MinMaxObserver()
 
     def quantizes(self, name: str) -> bool:
         """Whether the product of this name is quantized."""
