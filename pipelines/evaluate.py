@@ -30,11 +30,12 @@ from segment_anything.modeling import Sam
 
 from pipelines.common.cli import JobError, console, error_console, parse_config, run_main
 from pipelines.common.job_config import ShardJobConfig
+from pipelines.common.loading import load_on_engine
 from pipelines.common.models import weights_sha256
 from pipelines.common.read_ahead import read_ahead
 from pipelines.common.shard_job import ShardJob
 from pipelines.common.shard_worker import Placement, ShardWorker
-from tinysam import SamHierarchicalMaskGenerator, load
+from tinysam import SamHierarchicalMaskGenerator
 from tinysam.eval import ClickConfig, EvalConfig, evaluate_image
 from tinysam.eval.detections import read_detections, read_results, write_detections
 from tinysam.eval.ground_truth import NO_CATEGORY, Objects, coco_image_ids, read_objects
@@ -52,7 +53,7 @@ from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.index import build_index, read_image_bytes
 from tinysam.lake.run_record import RunRecord, read_run_record
 from tinysam.report import ReportConfig, write_report
-from tinysam.runtime.choice import EngineChoice, engine_name, with_engine
+from tinysam.runtime.choice import EngineChoice, engine_name
 
 DETECTIONS_FILE = "detections.parquet"
 
@@ -159,8 +160,8 @@ class EvaluateWorker(ShardWorker):
             self._teacher = SamHierarchicalMaskGenerator.from_config(self._load(config.teacher), config.everything)
 
     def _load(self, checkpoint: str) -> Sam:
-        bf16 = self._config.everything.precision == "bfloat16"
-        return with_engine(load(checkpoint).to(self._placement.device), self._config.engine, bf16=bf16)
+        config = self._config
+        return load_on_engine(checkpoint, self._placement.device, config.engine, config.everything)
 
     def metadata(self) -> dict[str, str]:
         """What the scores belong to."""

@@ -23,17 +23,18 @@ import torch
 
 from pipelines.common.cli import parse_config, run_main
 from pipelines.common.job_config import ShardJobConfig
+from pipelines.common.loading import load_on_engine
 from pipelines.common.models import weights_sha256
 from pipelines.common.read_ahead import read_ahead
 from pipelines.common.shard_job import ShardJob
 from pipelines.common.shard_worker import Placement, ShardWorker
-from tinysam import SamHierarchicalMaskGenerator, load
+from tinysam import SamHierarchicalMaskGenerator
 from tinysam.everything import HierarchicalConfig
 from tinysam.lake import schema
 from tinysam.lake.fingerprint import fingerprint
 from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.index import read_image_bytes
-from tinysam.runtime.choice import EngineChoice, decoder_engine_name, engine_name, with_engine
+from tinysam.runtime.choice import EngineChoice, decoder_engine_name, engine_name
 
 DEFAULT_STUDENT = "demo_student"
 
@@ -98,8 +99,7 @@ class LabelImagesWorker(ShardWorker):
         super().__init__()
         self._config, self._model_sha256, self._placement = config, model_sha256, placement
         torch.backends.cudnn.deterministic = True
-        sam = load(config.model).to(placement.device)
-        self._sam = with_engine(sam, config.engine, bf16=config.everything.precision == "bfloat16")
+        self._sam = load_on_engine(config.model, placement.device, config.engine, config.everything)
         self._generator = SamHierarchicalMaskGenerator.from_config(self._sam, config.everything)
 
     def metadata(self) -> dict[str, str]:

@@ -19,6 +19,7 @@ from segment_anything.modeling import Sam
 
 from pipelines.common.demo_lake import photographs
 from tinysam import SamHierarchicalMaskGenerator, load
+from tinysam.commands import SHIPPED_THRESHOLDS
 from tinysam.lake.images import decode_image
 from tinysam.overlay import draw_masks
 from tinysam.synthetic import scene
@@ -38,9 +39,9 @@ class Picture:
     """Seeds of the synthetic microscopy scenes that are shown."""
     points_per_side: int = 32
     """Of everything mode's grid."""
-    pred_iou_thresh: float = 0.5
+    pred_iou_thresh: float = SHIPPED_THRESHOLDS[0]
     """Masks that the model itself expects to be worse are left out."""
-    stability_score_thresh: float = 0.7
+    stability_score_thresh: float = SHIPPED_THRESHOLDS[1]
     """Masks that change more with the threshold of their logits are left out."""
     height: int = 300
     """Of the picture, in pixels."""
