@@ -4,7 +4,7 @@
 
 Each row adds one part to the row above. Rows and seeds are runs of pipelines/distill.py; one that is finished is not
 run again, so that an interrupted ablation goes on. Seeds are paired: a gain is the mean over seeds of the difference
-to the row above, with a 95 % interval of Student's t over seeds. Scores are mean IoUs of low-resolution masks over all
+to the row above, with a 95 % interval of Student's t over seeds. Scores are mean IoUs of low-resolution masks over
 images of the validation caches, for boxes, one click, and three clicks of which the later ones correct the earlier.
 """
 
@@ -57,7 +57,8 @@ class DistillationBenchmark:
     batch_size: int = 8
     """Images a step."""
     crop_size: int | None = 256
-    """Side of the training crops; None trains on whole images."""
+    """Side of the crops to train and to measure on; None takes whole images. What has seen small crops alone finds
+    things far from the prompt in large ones, which would hide what the recipe does."""
     prompts: int = 10
     """Masks prompted in an image."""
     rounds: int = 3
@@ -157,7 +158,9 @@ def main() -> None:
     """Trains, measures, prints the table, and writes it."""
     config = tyro.cli(DistillationBenchmark, description=__doc__)
     cache = open_cache(config.cache)
-    batches = validation_batches(config.validation_cache, images=config.images, image_size=cache.image_size)
+    batches = validation_batches(
+        config.validation_cache, images=config.images, image_size=cache.image_size, crop_size=config.crop_size
+    )
     # The teacher decodes as it does in training, so its score is what a student could reach.
     teacher = score(cache.teacher, batches)
     scores: dict[str, list[dict[str, float]]] = {}

@@ -1,4 +1,4 @@
-"""A cheap look at a student while it trains: IoU at half the input's resolution, on whole images of a cache."""
+"""A cheap look at a student while it trains: IoU at half the input's resolution, on images of a cache."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from segment_anything.modeling import Sam
 
 from tinysam.distill.cache import open_cache
 from tinysam.distill.decoding import Decoded, at_target_stride, decode, dense_positions
-from tinysam.distill.frame import TARGET_STRIDE
+from tinysam.distill.frame import EMBEDDING_STRIDE, TARGET_STRIDE
 from tinysam.distill.groups import Group
 from tinysam.distill.loading import Reading, load_batches
 from tinysam.distill.losses import mask_iou
 from tinysam.distill.prompts import Prompts, box_prompts, click_labels, point_prompts
 from tinysam.distill.samples import Sample, SampleConfig
-from tinysam.distill.step import SINGLE_MASK, preprocess
+from tinysam.distill.step import SINGLE_MASK, preprocess, shifted
 from tinysam.lake.shards import ShardError
 
 SCORES = ("box", "click", "click_3", "click_best")
@@ -24,13 +24,16 @@ MASKS = 32
 """Masks of an image that are looked at."""
 
 
-def validation_batches(urls: Sequence[str], *, images: int, image_size: int) -> list[Sample]:
-    """Whole images of caches that are not trained on, one a batch; the same ones each time.
+def validation_batches(
+    urls: Sequence[str], *, images: int, image_size: int, crop_size: int | None = None
+) -> list[Sample]:
+    """Images of caches that are not trained on, one a batch; the same ones each time.
 
     Args:
         urls: outputs of pipelines/cache_teacher.py.
         images: drawn from each of them.
         image_size: of the training set.
+        crop_size: side of the crops to look at instead of whole images, in input pixels.
 
     Raises:
         ShardError: if a cache has another image size, or holds no image with masks.
@@ -44,7 +47,7 @@ def validation_batches(urls: Sequence[str], *, images: int, image_size: int) -> 
                 f"Cache it with --image-size {image_size}."
             )
         group = Group(offset=0, shards=tuple(range(len(cache.shards))), steps=images)
-        reading = Reading(groups=[group], samples=SampleConfig(), prompts=MASKS, batch_size=1)
+        reading = Reading(groups=[group], samples=SampleConfig(crop_size=crop_size), prompts=MASKS, batch_size=1)
         batches += load_batches(cache, reading, processes=0)
     return batches
 
@@ -59,7 +62,7 @@ def validate(student: Sam, batches: Iterable[Sample], autocast: torch.autocast) 
 
     Args:
         student: in eval mode.
-        batches: whole images, so ``origin`` is 0, on the student's device.
+        batches: from :func:`validation_batches`, on the student's device.
     """
     ious: dict[str, list[torch.Tensor]] = {name: [] for name in SCORES}
     for batch in batches:
@@ -69,7 +72,8 @@ def validate(student: Sam, batches: Iterable[Sample], autocast: torch.autocast) 
         positions = dense_positions(student, batch.origin, embeddings.shape[-1])
         keep = batch.weight.flatten() > 0
         targets = batch.targets.flatten(0, 1)
-        found = _ious(student, embeddings, positions, targets, batch.boxes.flatten(0, 1), autocast)
+        offset = (batch.origin * EMBEDDING_STRIDE).float().repeat_interleave(batch.targets.shape[1], 0)
+        found = _ious(student, embeddings, positions, targets, batch.boxes.flatten(0, 1), offset, autocast)
         for name, values in found.items():
             ious[name].append(values[keep])
     return {name: torch.cat(values).mean().item() if values else float("nan") for name, values in ious.items()}
@@ -81,13 +85,14 @@ def _ious(
     positions: torch.Tensor,
     targets: torch.Tensor,
     boxes: torch.Tensor,
+    offset: torch.Tensor,
     autocast: torch.autocast,
 ) -> dict[str, torch.Tensor]:
-    """``(N,)`` IoUs of each score."""
+    """``(N,)`` IoUs of each score; ``offset`` is ``(N, 2)``, where the crops lie in the model's frame, in pixels."""
 
     def run(prompts: Prompts, mask_logits: torch.Tensor | None = None) -> Decoded:
         with autocast:
-            return decode(student, embeddings, positions, prompts, mask_logits)
+            return decode(student, embeddings, positions, shifted(prompts, offset), mask_logits)
 
     def iou(logits: torch.Tensor) -> torch.Tensor:
         return mask_iou(at_target_stride(logits), targets[:, None])

@@ -52,6 +52,27 @@ def test_corrections_say_what_was_wrong_and_see_the_logits_before(
     assert set(third.labels[:, 3].tolist()) <= {FOREGROUND, BACKGROUND, NO_POINT}
 
 
+def test_prompts_of_a_crop_are_told_in_the_models_frame(
+    make_cache: Callable[..., str], tiny_sam: Sam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = validation_batches([make_cache("c", embeddings=False)], images=8, image_size=128, crop_size=64)
+    batch = next(one for one in batches if one.origin.sum() > 0)
+    asked: list[Prompts] = []
+
+    def remember(
+        sam: Sam, embeddings: torch.Tensor, positions: torch.Tensor, prompts: Prompts, before: torch.Tensor | None
+    ) -> Decoded:
+        asked.append(prompts)
+        count = len(prompts.points)
+        return Decoded(torch.zeros(0), torch.full((count, 4, 16, 16), -1.0), torch.ones(count, 4))
+
+    monkeypatch.setattr(validation, "decode", remember)
+    validate(tiny_sam, [batch], PLAIN)
+    assert batch.image.shape[-2:] == (64, 64)
+    corners = batch.boxes.flatten(0, 1).reshape(-1, 2, 2) + batch.origin[0] * 16
+    assert torch.equal(asked[0].points, corners)
+
+
 def test_a_centre_is_the_regions_pixel_nearest_to_its_centroid() -> None:
     regions = torch.zeros(2, 9, 9, dtype=torch.bool)
     regions[0, 2:5, 3:6] = True
