@@ -101,8 +101,8 @@ def plan(config: DemoConfig, lake: DemoLake, url: str, page: Path) -> list[Stage
             title="the shipped student, distilled a little further on this lake",
             command=(
                 *("pipelines/distill.py", "--cache", cache, "--output", student, "--student", config.student),
-                *("--trainer.epochs", "2", "--trainer.batch-size", "4", "--trainer.seed", str(config.seed)),
-                *("--samples.crop-size", "256", "--prompts.per-image", "8", "--prompts.max-rounds", "1"),
+                *("--trainer.epochs", "1", "--trainer.batch-size", "2", "--trainer.seed", str(config.seed)),
+                *("--prompts.per-image", "6", "--prompts.max-rounds", "1"),
                 *("--optimizer.learning-rate", "1e-4", "--optimizer.warmup-steps", "5", "--optimizer.ema-decay", "0.9"),
             ),
         ),

@@ -27,7 +27,8 @@ class SampleConfig:
 
     crop_size: int | None = None
     """Side of the training crops in input pixels, divisible by 16; None trains on whole images. Crops cost less and
-    start on the embedding's grid, so that a cached embedding can be cropped with them (our choice)."""
+    start on the embedding's grid, so that a cached embedding can be cropped with them (our choice). End with whole
+    images: what has seen crops alone finds more than the prompted object in them, far away from it."""
     min_zoom: float = 1.0
     """Smallest magnification of a crop; needs a cache without embeddings."""
     max_zoom: float = 1.0
