@@ -56,7 +56,7 @@ def main(
     code = code or distill.main(
         [
             *("--cache", cache, "--output", trained, "--student", model),
-            *("--trainer.epochs", str(epochs), "--trainer.batch-size", "4", "--samples.crop-size", "256"),
+            *("--trainer.epochs", str(epochs), "--trainer.batch-size", "2"),
             *("--samples.flip", "--samples.color-jitter", "0.1"),
             *("--prompts.per-image", "8", "--prompts.max-rounds", "1", "--optimizer.learning-rate", "1e-4"),
         ]
