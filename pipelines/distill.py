@@ -216,10 +216,11 @@ def _run_workers(config: DistillConfig, arguments: dict[str, Any]) -> None:
 
 
 def _raise_if_hopeless(failures: Iterable[Exception]) -> None:
-    """Raises the error that a worker would meet again; the others only noticed that it was gone."""
-    for failure in failures:
-        if isinstance(failure, LakeError | CheckpointError | NonFiniteLossError):
-            raise JobError(str(failure)) from failure
+    """Raises what workers would meet again; the others only noticed that those were gone."""
+    hopeless = (LakeError, CheckpointError, NonFiniteLossError)
+    messages = dict.fromkeys(str(failure) for failure in failures if isinstance(failure, hopeless))
+    if messages:
+        raise JobError("\n".join(messages))
 
 
 def train_worker(arguments: dict[str, Any]) -> None:

@@ -79,5 +79,7 @@ def decode(
     upscaled = decoder.output_upscaling(source.transpose(1, 2).reshape(n, channels, height, width))
     mask_tokens = tokens[:, 1 : 1 + decoder.num_mask_tokens]
     weights = torch.stack([mlp(mask_tokens[:, i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
-    logits = torch.einsum("nmc,nchw->nmhw", weights, upscaled)
+    # The upscaled pixels lie in memory channels last; multiplied in this order, so does their gradient.
+    logits = upscaled.flatten(2).transpose(1, 2) @ weights.transpose(1, 2)
+    logits = logits.transpose(1, 2).contiguous().unflatten(2, upscaled.shape[2:])
     return Decoded(tokens, logits, decoder.iou_prediction_head(tokens[:, 0]))

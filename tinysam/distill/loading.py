@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from tinysam.distill.cache import Cache
@@ -70,7 +71,8 @@ class GroupedSamples(IterableDataset[Sample]):
 
     Processes take turns with batches, so each makes every n-th of them, from the part of each group that
     :func:`tinysam.distill.groups.deal` gives it. The next group is read while the present one's samples are made.
-    Where the images are too few they come again; that keeps workers in step whose parts differ.
+    Where the images are too few they come again, and where a part holds none to train on, the next shard of the cache
+    that does stands in for it; that keeps workers in step whose parts differ.
     """
 
     def __init__(self, cache: Cache, reading: Reading) -> None:
@@ -113,8 +115,9 @@ class GroupedSamples(IterableDataset[Sample]):
                     return
             if drawn == drawn_before:
                 raise ShardError(
-                    f"no image of {', '.join(rows.shards)} can be trained on: none has a mask, and the cache holds "
-                    "no embeddings. Give the lake's annotations to pipelines/cache_teacher.py, or a teacher."
+                    f"no image of {', '.join(rows.shards)} can be trained on: each of them failed, or has no mask while "
+                    "the cache holds no embeddings. Give the lake's annotations to pipelines/cache_teacher.py, or a "
+                    "teacher."
                 )
 
     def _order(self, rows: _Rows, rng: np.random.Generator) -> np.ndarray:
@@ -141,12 +144,22 @@ def _read_ahead(cache: Cache, parts: Sequence[Sequence[Portion]]) -> Iterator[_R
     with ThreadPoolExecutor(1) as pool:
         pending: Future[_Rows] | None = None
         for portions in parts:
-            following = pool.submit(_read, cache, portions)
+            following = pool.submit(_read_usable, cache, portions)
             if pending is not None:
                 yield pending.result()
             pending = following
         if pending is not None:
             yield pending.result()
+
+
+def _read_usable(cache: Cache, portions: Sequence[Portion]) -> _Rows:
+    """The rows of some portions, or of the first shard after them that has any to train on."""
+    rows, shards = _read(cache, portions), len(cache.shards)
+    for shard in range(portions[-1].shard + 1, portions[-1].shard + shards):
+        if len(rows.usable):
+            break
+        rows = _read(cache, [Portion(shard=shard % shards)])
+    return rows
 
 
 def _read(cache: Cache, portions: Sequence[Portion]) -> _Rows:
@@ -156,7 +169,7 @@ def _read(cache: Cache, portions: Sequence[Portion]) -> _Rows:
     urls: list[str] = []
     for portion in portions:
         table, url = cache.read(portion.shard), cache.shards[portion.shard].url
-        good = np.flatnonzero([status == schema.OK for status in table["status"].to_pylist()])
+        good = np.flatnonzero(_usable(table, has_embeddings=cache.embedding_shape is not None))
         # A worker without images would not make its steps; better that two of them see the same ones.
         own = good[portion.part :: portion.parts] if portion.part < len(good) else good
         usable.append(own + len(keys))
@@ -164,3 +177,11 @@ def _read(cache: Cache, portions: Sequence[Portion]) -> _Rows:
         tables.append(table)
         urls.append(url)
     return _Rows(table=pa.concat_tables(tables), keys=keys, usable=np.concatenate(usable), shards=urls)
+
+
+def _usable(table: pa.Table, *, has_embeddings: bool) -> np.ndarray:
+    """Which rows teach something: images that did not fail, and have a mask where there is no embedding."""
+    usable = pc.equal(table["status"], schema.OK)
+    if not has_embeddings:
+        usable = pc.and_(usable, pc.greater(pc.fill_null(pc.list_value_length(table["masks"]), 0), 0))
+    return usable.to_numpy()

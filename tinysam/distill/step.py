@@ -142,21 +142,23 @@ class DistillationLoss(nn.Module):
         with autocast:
             decoded = decode(self.student, embeddings, positions, prompts, mask_logits)
         low_res, truth = decoded.logits.float(), targets[:, None]
-        logits = at_target_stride(low_res)
         count = weight.sum().clamp(min=1)
 
         def mean(values: torch.Tensor) -> torch.Tensor:
             return (values * weight).sum() / count
 
         terms: dict[str, torch.Tensor] = {}
-        actual_iou = losses.mask_iou(logits, truth)
+        with torch.no_grad():
+            logits = at_target_stride(low_res)
+            actual_iou = losses.mask_iou(logits, truth)
         if config.focal + config.dice > 0:
-            focal, dice = losses.focal_loss(logits, truth), losses.dice_loss(logits, truth)
-            combined = (config.focal * focal + config.dice * dice)[:, 1:].detach()
-            best = combined.argmin(1, keepdim=True) + 1
-            for name, values in (("focal", focal), ("dice", dice)):
-                if getattr(config, name) > 0:
-                    terms[name] = mean(values[:, SINGLE_MASK] + values.gather(1, best)[:, 0])
+            # Two of the four outputs are trained, so only they are resized and compared with gradients.
+            with torch.no_grad():
+                ambiguous = self._mask_losses(logits[:, 1:], truth)
+                best = 1 + sum(getattr(config, name) * values for name, values in ambiguous.items()).argmin(1)
+            of_best = low_res[torch.arange(len(best), device=best.device), best]
+            trained = at_target_stride(torch.stack([low_res[:, SINGLE_MASK], of_best], 1))
+            terms |= {name: mean(values.sum(1)) for name, values in self._mask_losses(trained, truth).items()}
         if config.iou > 0:
             terms["iou"] = mean((decoded.predicted_iou.float() - actual_iou).abs().mean(1))
         if taught is not None and config.token > 0:
@@ -171,6 +173,11 @@ class DistillationLoss(nn.Module):
             mask=logits[:, SINGLE_MASK] > 0,
             iou=actual_iou[:, SINGLE_MASK],
         )
+
+    def _mask_losses(self, logits: torch.Tensor, truth: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Focal and dice loss, as far as they have a weight: ``(N, M)`` each."""
+        found = {"focal": losses.focal_loss, "dice": losses.dice_loss}
+        return {name: loss(logits, truth) for name, loss in found.items() if getattr(self.losses, name) > 0}
 
 
 def _difficulty(

@@ -69,7 +69,7 @@ class TrainerConfig:
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss is NaN or infinite; the message names the step and the images."""
+    """A loss or its gradient is NaN or infinite; the message names the step, the shards and the images."""
 
 
 class Trainer:
@@ -111,7 +111,7 @@ class Trainer:
         self.student, self.cache, self.config = student, cache, trainer
         self._optimizer_config, self._prompts, self._samples = optimizer, prompts, samples
         self._mining = mining or MiningConfig()
-        self._validation = [batch.to(device) for batch in validation]
+        self._validation = validation
         self._checkpoints_url, self._on_log, self._on_checkpoint = checkpoints_url, on_log, on_checkpoint
         self._rank, self._world_size, self._device = rank, world_size, device
 
@@ -153,7 +153,7 @@ class Trainer:
         """Trains to the end, from the newest checkpoint on if there is one.
 
         Raises:
-            NonFiniteLossError: before the weights take in a loss that is no number.
+            NonFiniteLossError: before the weights take in a loss or a gradient that is no number.
             LakeError: if a shard cannot be read; the message names it.
         """
         self.student.train()
@@ -216,24 +216,28 @@ class Trainer:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)
         share = 1 / self.config.accumulate_batches
+        seen: list[tuple[Sample, list[bool]]] = []
         for number in range(self.config.accumulate_batches):
             start = time.monotonic()
             batch = next(batches.loaded)
             log.waited += time.monotonic() - start
-            batch = batch.to(self._device)
             refinements = draw_refinements(self._prompts, batches.common)
+            seen.append((batch, refinements))
+            batch = batch.to(self._device)
             is_last = number == self.config.accumulate_batches - 1
             with nullcontext() if is_last else self._unsynchronised():
                 loss, terms, difficulty = self._loss(batch, refinements, batches.own, self._autocast)
                 # One transfer for all numbers: each would make the CPU wait for the GPU.
                 values = torch.stack([loss.detach(), *terms.values()]).tolist()
                 if not math.isfinite(values[0]):
-                    raise NonFiniteLossError(self._explain(values[0], batch, refinements))
+                    raise NonFiniteLossError(self._explain(f"the loss is {values[0]}", seen[-1:]))
                 (loss * share).backward()
             log.add(dict(zip(("loss", *terms), values, strict=True)), share)
             if self._mining.strength > 0:
                 self._difficulty.update(batch.key, difficulty.tolist(), self._progress.step)
-        nn.utils.clip_grad_norm_(self._trained, self._optimizer_config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self._trained, self._optimizer_config.clip_norm).item()
+        if not math.isfinite(norm):
+            raise NonFiniteLossError(self._explain(f"the gradient's norm is {norm}", seen))
         self._optimizer.step()
         self._ema.update_parameters(self.student)
         self._progress.step += 1
@@ -245,24 +249,29 @@ class Trainer:
         """Within it gradients stay on their worker."""
         return self._loss.no_sync() if isinstance(self._loss, DistributedDataParallel) else nullcontext()
 
-    @torch.no_grad()
-    def _explain(self, loss: float, batch: Sample, refinements: list[bool]) -> str:
-        """Names the images of a batch whose loss is no number."""
+    def _explain(self, what: str, seen: Sequence[tuple[Sample, list[bool]]]) -> str:
+        """Names the images of some batches of which the loss or its gradient is no number."""
+        keys = [key for batch, _ in seen for key in batch.key]
         guilty = []
-        for index, key in enumerate(batch.key):
-            generator = _generator((0,), self._device)
-            alone = self._local_loss(batch.image_at(index), refinements, generator, self._autocast)[0]
-            if not math.isfinite(alone.item()):
-                guilty.append(key)
-        where = ", ".join(guilty or batch.key)
-        if len(guilty) in (0, len(batch.key)):
+        for batch, refinements in seen:
+            for index, key in enumerate(batch.key):
+                self._optimizer.zero_grad(set_to_none=True)
+                generator = _generator((0,), self._device)
+                image = batch.image_at(index).to(self._device)
+                alone = self._local_loss(image, refinements, generator, self._autocast)[0]
+                alone.backward()
+                norm = nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+                if not math.isfinite(alone.item() + norm.item()):
+                    guilty.append(key)
+        where = ", ".join(guilty or keys)
+        if len(guilty) in (0, len(keys)):
             cause = "Not one image alone is at fault"
             remedy = "lower --optimizer.learning-rate, or train with --trainer.precision fp32"
         else:
-            cause = f"{len(guilty)} of {len(batch.key)} images of the batch are at fault"
+            cause = f"{len(guilty)} of {len(keys)} images are at fault"
             remedy = "look at these rows, and delete their shards to have pipelines/cache_teacher.py make them anew"
         return (
-            f"the loss is {loss} at step {self._progress.step}, on {where}. {cause}: {remedy}. "
+            f"{what} at step {self._progress.step}, on {where}. {cause}: {remedy}. "
             "No weights were changed, and no checkpoint was written since the last good one."
         )
 
@@ -281,7 +290,7 @@ class Trainer:
         if self._rank == 0:
             if self._validation:
                 averaged = copy.deepcopy(self.averaged_student).eval()
-                found = validate(averaged, self._validation, self._autocast)
+                found = validate(averaged, (batch.to(self._device) for batch in self._validation), self._autocast)
                 scores = {f"val_{name}": value for name, value in found.items()}
                 self._on_log({"step": self._progress.step, "epoch": self._progress.epoch, **scores})
                 score = (found["box"] + found["click"]) / 2

@@ -92,3 +92,25 @@ def test_images_without_masks_are_passed_over_where_there_is_no_teacher(make_cac
     keys = {key for batch in batches(cache, groups=1, steps=6) for key in batch.key}
     assert len(keys) == 4
     assert all(key.startswith(cache.shards[0].url) for key in keys)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_shard_that_teaches_nothing_is_stood_in_for_by_the_next(make_cache: Callable[..., str], workers: int) -> None:
+    cache = open_cache(
+        [
+            make_cache("a", shards=1, embeddings=False),
+            make_cache("b", shards=1, embeddings=False, masks=False),
+            make_cache("c", shards=1, images=0, embeddings=False),
+        ]
+    )
+    for worker in range(workers):
+        loaded = batches(cache, groups=3, steps=1, worker=worker, workers=workers)
+        assert len(loaded) == 3
+        assert all(key.startswith(cache.shards[0].url) for batch in loaded for key in batch.key)
+
+
+def test_workers_that_outnumber_the_images_of_a_shard_see_the_same_ones(make_cache: Callable[..., str]) -> None:
+    cache = open_cache([make_cache("a", shards=1, images=2)])
+    for worker in range(5):
+        [batch] = batches(cache, groups=1, steps=1, worker=worker, workers=5)
+        assert len(batch.key) == 2

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,36 @@ def test_a_nan_in_the_cache_names_shard_and_image_and_overwrites_nothing(
     assert f"on {broken}#{image}. 1 of 2 images" in str(stopped.value)
     assert all(value.isfinite().all() for value in trainer.student.state_dict().values())
     assert json.loads((checkpoints / "latest.json").read_bytes())["shards_done"] == 1
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_gradient_that_is_no_number_is_caught_before_it_reaches_a_checkpoint(
+    make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path, batches: int
+) -> None:
+    """A loss may be finite while its gradient overflows."""
+    cache = open_cache([make_cache("c", shards=2, embeddings=False)])
+    config = replace(CONFIG, epochs=1, accumulate_batches=batches)
+    trainer = make_trainer(copy.deepcopy(tiny_sam), cache, tmp_path / "k", config=config)
+    student, seen = trainer.student, 0
+
+    def overflow(grad: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        return grad * math.inf if seen > batches else grad
+
+    student.mask_decoder.mask_tokens.weight.register_hook(overflow)
+    before = {}
+
+    def remember(_: dict[str, float]) -> None:
+        before.update(copy.deepcopy(student.state_dict()))
+
+    trainer._on_log = remember
+    with pytest.raises(NonFiniteLossError, match=r"the gradient's norm is (nan|inf) at step 1, on .*shard-\d.parquet#"):
+        trainer.run()
+    parameters = dict(student.named_parameters())
+    assert parameters
+    for name, value in parameters.items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_gradients_of_several_batches_are_averaged_into_a_step(
