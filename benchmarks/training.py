@@ -2,20 +2,30 @@
 
     python -m benchmarks.training --student demo_student --image-size 512 --crop-size 256
 
+    python -m benchmarks.training --student vit_t --image-size 1024 --crop-size None --batch-size 8 --prompts 8 \\
+        --max-rounds 9 --recompute decoder --loader-processes 8 --images 256 --workers 0 1       (on a GPU)
+
 Everything is random: images, masks, the teacher's embeddings and all weights; only the time counts. The plain loop has
-its batches in memory and does nothing but the step; the job reads shards, decodes, logs and checkpoints. Variants take
-turns, each in a fresh process, and medians are reported. Run it on an idle machine.
+a few batches in memory and does nothing but the step; the job reads shards, decodes, logs and checkpoints. Variants
+take turns, each in a fresh process, and medians are reported. Run it on an idle machine. Where Ray is not installed,
+the plain loop and the job in its own process are measured, and the others left out. How much GPU memory Ray's workers
+take is not seen from here; it is what the job in its own process takes.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
+import math
 import multiprocessing
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tyro
@@ -24,9 +34,14 @@ from rich.table import Table
 
 from benchmarks.results import write_results
 
+if TYPE_CHECKING:
+    from pipelines.distill import DistillConfig
+    from tinysam.distill.cache import Cache
+
 PLAIN = "plain loop"
 MASKS = 24  # of an image
 WARM_UP = 2  # steps that do not count
+IN_MEMORY = 4  # batches that the plain loop takes in turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +56,9 @@ class TrainingBenchmark:
     """Side of the training crops; None trains on whole images."""
     prompts: int = 16
     """Masks prompted in an image."""
-    max_rounds: int = 1
-    """Refinements of the prompts."""
+    max_rounds: int = 0
+    """Most refinements of the prompts. A step draws their number, which several workers draw for other images than one
+    does: they compare exactly at 0, and otherwise over many steps."""
     batch_size: int = 4
     """Images a step and worker."""
     images: int = 128
@@ -74,7 +90,7 @@ class Measurement:
     waiting_share: float
     """Share of the time that training waited for data."""
     peak_gpu_mib: float
-    """Of the plain loop on a GPU, else 0."""
+    """The most that tensors took; NaN without a GPU, and for Ray's workers."""
 
 
 def write_cache(config: TrainingBenchmark, folder: str) -> None:
@@ -157,10 +173,17 @@ def job_flags(config: TrainingBenchmark, cache: str) -> list[str]:
 
 def measure(config: TrainingBenchmark, cache: str, workers: int | None) -> Measurement:
     """Runs in a process of its own; ``workers`` None is the plain loop."""
-    return plain_loop(config, cache) if workers is None else ray_job(config, cache, workers)
+    return plain_loop(config, cache) if workers is None else job(config, cache, workers)
 
 
-def ray_job(config: TrainingBenchmark, cache: str, workers: int) -> Measurement:
+def peak_gpu_mib() -> float:
+    """Of this process."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else float("nan")
+
+
+def job(config: TrainingBenchmark, cache: str, workers: int) -> Measurement:
     """The job's own history tells its speed from the end of the warm-up to its last step."""
     from pipelines import distill
     from tinysam.distill.history import read_history, throughput
@@ -172,12 +195,12 @@ def ray_job(config: TrainingBenchmark, cache: str, workers: int) -> Measurement:
     return Measurement(
         images_per_second=steps * config.batch_size * max(workers, 1) / seconds,
         waiting_share=throughput(lines[1:])[1],
-        peak_gpu_mib=0.0,
+        peak_gpu_mib=float("nan") if workers else peak_gpu_mib(),
     )
 
 
 def plain_loop(config: TrainingBenchmark, cache: str) -> Measurement:
-    """The same batches, steps and arithmetic as the job's first worker, and nothing else."""
+    """The steps and arithmetic of the job in its own process, and nothing else."""
     import torch
     from torch import nn
     from torch.optim.swa_utils import AveragedModel
@@ -190,9 +213,9 @@ def plain_loop(config: TrainingBenchmark, cache: str) -> Measurement:
     from tinysam.distill.loading import Reading, load_batches
     from tinysam.distill.memory import recompute_blocks
     from tinysam.distill.optimizer import moving_average, parameter_groups
-    from tinysam.distill.prompts import draw_refinements
     from tinysam.distill.step import DistillationLoss
     from tinysam.distill.student import build_student
+    from tinysam.distill.trainer import seeded_generator
 
     job = parse_config(DistillConfig, [*job_flags(config, cache), "--output", "unused"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,43 +231,64 @@ def plain_loop(config: TrainingBenchmark, cache: str) -> Measurement:
         recompute_blocks(student.image_encoder)
     optimizer = torch.optim.AdamW(parameter_groups(student, job.optimizer.weight_decay), lr=1e-4, fused=True)
     autocast = torch.autocast(device, torch.bfloat16, enabled=config.precision == "bf16")
-    steps = opened.images * config.epochs // config.batch_size
-    group = Group(offset=0, shards=tuple(range(len(opened.shards))), steps=steps)
+    group = Group(offset=0, shards=tuple(range(len(opened.shards))), steps=IN_MEMORY)
     reading = Reading(groups=[group], samples=job.samples, prompts=config.prompts, batch_size=config.batch_size)
-    batches = [batch.to(device) for batch in load_batches(opened, reading, processes=0)]
-    common, own = torch.Generator().manual_seed(0), torch.Generator(device).manual_seed(0)
+    batches = itertools.cycle([batch.to(device) for batch in load_batches(opened, reading, processes=0)])
+    own = seeded_generator((0,), device)
+    steps = list(refinements(job, opened))
     start = time.perf_counter()
-    for number, batch in enumerate(batches):
+    for number, (drawn, batch) in enumerate(zip(steps, batches, strict=False)):
         if number == WARM_UP:
             if device == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        loss_module(batch, draw_refinements(job.prompts, common), own, autocast)[0].backward()
+        loss_module(batch, drawn, own, autocast)[0].backward()
         nn.utils.clip_grad_norm_(student.parameters(), job.optimizer.clip_norm)
         optimizer.step()
         average.update_parameters(student)
     if device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else 0.0
-    images = (len(batches) - WARM_UP) * config.batch_size
-    return Measurement(images_per_second=images / seconds, waiting_share=0.0, peak_gpu_mib=peak)
+    images = (len(steps) - WARM_UP) * config.batch_size
+    return Measurement(images_per_second=images / seconds, waiting_share=0.0, peak_gpu_mib=peak_gpu_mib())
+
+
+def refinements(job: DistillConfig, cache: Cache) -> Iterator[list[bool]]:
+    """What the job with one worker draws for each of its steps."""
+    from tinysam.distill.groups import epoch_order, make_groups
+    from tinysam.distill.prompts import draw_refinements
+    from tinysam.distill.trainer import seeded_generator
+
+    for epoch in range(job.trainer.epochs):
+        groups = make_groups(
+            epoch_order(len(cache.shards), job.trainer.seed, epoch),
+            [shard.images for shard in cache.shards],
+            done=0,
+            group_shards=job.trainer.group_shards,
+            images_per_step=job.trainer.batch_size,
+        )
+        for group in groups:
+            generator = seeded_generator((job.trainer.seed, epoch, group.offset), "cpu")
+            for _ in range(group.steps):
+                yield draw_refinements(job.prompts, generator)
 
 
 def main() -> None:
     """Measures, prints a table, and writes the results."""
     config = tyro.cli(TrainingBenchmark, description=__doc__)
-    variants: list[int | None] = [None, *config.workers]
+    workers = [number for number in config.workers if number == 0 or importlib.util.find_spec("ray") is not None]
+    if len(workers) < len(config.workers):
+        Console(stderr=True).print("Ray is not installed here: its workers are left out")
+    variants: list[int | None] = [None, *workers]
     results: dict[int | None, list[Measurement]] = {variant: [] for variant in variants}
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as cache:
         write_cache(config, cache)
         for _ in range(config.repeats):
             for variant in variants:
-                # A process each, which may have children of its own: Ray and the loader start some.
-                with context.Pool(1, maxtasksperchild=1, initializer=_may_have_children) as pool:
-                    results[variant].append(pool.apply(measure, (config, cache, variant)))
+                with ProcessPoolExecutor(1, mp_context=context) as pool:
+                    results[variant].append(pool.submit(measure, config, cache, variant).result())
     rows = [summarise(variant, measured, results[None]) for variant, measured in results.items()]
     table = Table("variant", "images/s", "of the plain loop", "waiting", "peak GPU MiB", title=config.student)
     for row in rows:
@@ -253,15 +297,11 @@ def main() -> None:
             f"{row['images_per_second']:.2f}",
             f"{row['share_of_plain']:.0%}",
             f"{row['waiting_share']:.1%}",
-            f"{row['peak_gpu_mib']:.0f}",
+            "" if math.isnan(row["peak_gpu_mib"]) else f"{row['peak_gpu_mib']:.0f}",
         )
     Console().print(table)
     if config.output is not None:
         write_results(config.output, config, rows)
-
-
-def _may_have_children() -> None:
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
 
 
 def summarise(variant: int | None, measured: list[Measurement], plain: list[Measurement]) -> dict[str, Any]:

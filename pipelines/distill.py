@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +81,7 @@ class DistillConfig:
     """Train with as few workers as this where the cluster has no room for --num-workers, and with more once it has.
     A change of their number goes on from the newest checkpoint. None: wait for all."""
     use_gpu: bool | None = None
-    """One GPU for each worker. None: if the first of them sees one."""
+    """One GPU for each worker. None: if the cluster, or without workers this machine, has one."""
     cpus_per_worker: int = 2
     """CPUs that each worker reserves, its loader's process included."""
     max_failures: int = 3
@@ -160,7 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _write_record(config, mark, cache, seconds=0.0, finished=False)
     history = join(config.output, HISTORY_FILE)
     with Follower(history, _show, every_s=max(1.0, config.trainer.log_every_s)):
-        _run_workers(config, {"config": config, "cache": cache, "teacher": teacher})
+        if config.num_workers > 0:
+            _train_on_ray(config, cache, teacher)
+        else:
+            _train_here(config, cache, teacher)
     page = curves_page(f"distill: {config.output}", read_history(history))
     write_once(join(config.output, CURVES_FILE), page.encode())
     _write_record(config, mark, cache, seconds=time.monotonic() - started, finished=True)
@@ -172,19 +175,25 @@ def _show(line: str) -> None:
     error_console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _run_workers(config: DistillConfig, arguments: dict[str, Any]) -> None:
+def _train_here(config: DistillConfig, cache: Cache, teacher: str) -> None:
+    """Trains in this process, without Ray."""
+    use_gpu = torch.cuda.is_available() if config.use_gpu is None else config.use_gpu
+    try:
+        train(config, cache, teacher, device="cuda" if use_gpu else "cpu")
+    except NonFiniteLossError as error:
+        raise JobError(str(error)) from error
+
+
+def _train_on_ray(config: DistillConfig, cache: Cache, teacher: str) -> None:
     # Ray Train's import takes seconds that a dry run and a wrong flag need not wait for.
     from ray.train import ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
-    use_gpu = config.use_gpu
-    if config.num_workers > 0:
-        from pipelines.common.ray_setup import cluster_total, start_ray
+    from pipelines.common.ray_setup import cluster_total, start_ray
 
-        start_ray(config.ray_address)
-        use_gpu = cluster_total("GPU") >= 1 if use_gpu is None else use_gpu
-    use_gpu = torch.cuda.is_available() if use_gpu is None else use_gpu
+    start_ray(config.ray_address)
+    use_gpu = cluster_total("GPU") >= 1 if config.use_gpu is None else config.use_gpu
     resources = {"CPU": config.cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
     elastic = (config.min_workers, config.num_workers)
     failures = 0
@@ -193,11 +202,16 @@ def _run_workers(config: DistillConfig, arguments: dict[str, Any]) -> None:
         # as Ray would also repeat what fails in the same way each time.
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={**arguments, "device": "cuda" if use_gpu else "cpu"},
+            train_loop_config={
+                "config": config,
+                "cache": cache,
+                "teacher": teacher,
+                "device": "cuda" if use_gpu else "cpu",
+            },
             scaling_config=ScalingConfig(
                 num_workers=elastic if config.min_workers is not None else config.num_workers,
                 use_gpu=use_gpu,
-                resources_per_worker=resources if config.num_workers else None,
+                resources_per_worker=resources,
             ),
         )
         try:
@@ -211,8 +225,6 @@ def _run_workers(config: DistillConfig, arguments: dict[str, Any]) -> None:
             _show(f"distill: workers died ({failures} of {config.max_failures} failures); going on from the checkpoint")
         except TrainingFailedError as error:
             raise JobError(f"training failed; after a remedy, the same command goes on from here\n{error}") from error
-        except NonFiniteLossError as error:
-            raise JobError(str(error)) from error
 
 
 def _raise_if_hopeless(failures: Iterable[Exception]) -> None:
@@ -224,23 +236,44 @@ def _raise_if_hopeless(failures: Iterable[Exception]) -> None:
 
 
 def train_worker(arguments: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+    """What each Ray Train worker runs: :func:`train` with these arguments, in its place."""
     import ray.train
 
-    config: DistillConfig = arguments["config"]
-    cache: Cache = arguments["cache"]
-    device: Literal["cpu", "cuda"] = arguments["device"]
     context = ray.train.get_context()
+    train(
+        **arguments,
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        on_checkpoint=ray.train.report,
+    )
+
+
+def train(
+    config: DistillConfig,
+    cache: Cache,
+    teacher: str,
+    *,
+    device: Literal["cpu", "cuda"],
+    rank: int = 0,
+    world_size: int = 1,
+    on_checkpoint: Callable[[dict[str, float]], None] = lambda scores: None,
+) -> None:
+    """Trains as one of ``world_size`` workers; the first of them writes the history and, at the end, the student.
+
+    Args:
+        teacher: a model's name or checkpoint, or ``NO_TEACHER``.
+        on_checkpoint: as of :class:`Trainer`, whose errors this raises.
+    """
     torch.manual_seed(config.trainer.seed)
     if device == "cpu":
         torch.set_num_threads(config.cpus_per_worker)
-    teacher = None if arguments["teacher"] == NO_TEACHER else load(arguments["teacher"])
-    student = build_student(config.student, cache, teacher if config.init_decoder else None, fresh=config.fresh)
-    is_first = context.get_world_rank() == 0
+    teacher_model = None if teacher == NO_TEACHER else load(teacher)
+    student = build_student(config.student, cache, teacher_model if config.init_decoder else None, fresh=config.fresh)
+    is_first = rank == 0
     history = History(join(config.output, HISTORY_FILE))
     trainer = Trainer(
         student,
-        teacher,
+        teacher_model,
         cache,
         trainer=config.trainer,
         optimizer=config.optimizer,
@@ -254,15 +287,15 @@ def train_worker(arguments: dict[str, Any]) -> None:
         ),
         checkpoints_url=join(config.output, CHECKPOINTS_FOLDER),
         on_log=history.append,
-        on_checkpoint=ray.train.report,
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
+        on_checkpoint=on_checkpoint,
+        rank=rank,
+        world_size=world_size,
         device=device,
     )
     trainer.run()
     if is_first:
         history.flush()
-        metadata = {"teacher": arguments["teacher"], "teacher_sha256": cache.teacher_sha256}
+        metadata = {"teacher": teacher, "teacher_sha256": cache.teacher_sha256}
         save_checkpoint(trainer.averaged_student, join(config.output, STUDENT_FILE), metadata)
 
 

@@ -115,8 +115,8 @@ class GroupedSamples(IterableDataset[Sample]):
                     return
             if drawn == drawn_before:
                 raise ShardError(
-                    f"no image of {', '.join(rows.shards)} can be trained on: each of them failed, or has no mask while "
-                    "the cache holds no embeddings. Give the lake's annotations to pipelines/cache_teacher.py, or a "
+                    f"no image of {', '.join(rows.shards)} can be trained on: each failed, or has no mask while the "
+                    "cache holds no embeddings. Give the lake's annotations to pipelines/cache_teacher.py, or a "
                     "teacher."
                 )
 

@@ -208,7 +208,8 @@ class Trainer:
         for group in groups:
             seed = (config.seed, epoch, group.offset)
             # How often prompts are refined is drawn alike on all workers, as the slowest of them sets the pace.
-            yield group, _Batches(batches, _generator(seed, "cpu"), _generator((*seed, self._rank), self._device))
+            common = seeded_generator(seed, "cpu")
+            yield group, _Batches(batches, common, seeded_generator((*seed, self._rank), self._device))
 
     def _step(self, batches: _Batches, log: _Log) -> None:
         rate = learning_rate(self._total - self._left, self._total, self._optimizer_config)
@@ -256,7 +257,7 @@ class Trainer:
         for batch, refinements in seen:
             for index, key in enumerate(batch.key):
                 self._optimizer.zero_grad(set_to_none=True)
-                generator = _generator((0,), self._device)
+                generator = seeded_generator((0,), self._device)
                 image = batch.image_at(index).to(self._device)
                 alone = self._local_loss(image, refinements, generator, self._autocast)[0]
                 alone.backward()
@@ -354,6 +355,7 @@ class _Log:
         return line
 
 
-def _generator(seed: Sequence[int], device: str) -> torch.Generator:
+def seeded_generator(seed: Sequence[int], device: str) -> torch.Generator:
+    """A generator whose state depends on all of some numbers."""
     state = int(np.random.SeedSequence(list(seed)).generate_state(1)[0])
     return torch.Generator(device).manual_seed(state)

@@ -3,11 +3,86 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torchvision.ops import sigmoid_focal_loss
 
 from tinysam.distill import losses
 from tinysam.distill.losses import LossConfig
+
+
+def sigmoid(values: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-values))
+
+
+def double(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_mask_losses_are_their_equations(rng: np.random.Generator, kind: str) -> None:
+    logits, targets = rng.normal(scale=5, size=(3, 4, 7, 5)), rng.random((3, 1, 7, 5))
+    if kind == "hard":
+        targets = np.round(targets)
+    p = sigmoid(logits)
+    right = p * targets + (1 - p) * (1 - targets)
+    cross_entropy = -(targets * np.log(p) + (1 - targets) * np.log(1 - p))
+    focal = ((0.25 * targets + 0.75 * (1 - targets)) * (1 - right) ** 2 * cross_entropy).mean((2, 3))
+    torch.testing.assert_close(losses.focal_loss(double(logits), double(targets)), double(focal))
+    overlap, areas = (p * targets).sum((2, 3)), p.sum((2, 3)) + targets.sum((2, 3))
+    torch.testing.assert_close(
+        losses.dice_loss(double(logits), double(targets)), double(1 - (2 * overlap + 1) / (areas + 1))
+    )
+
+
+def test_the_focal_loss_is_torchvisions_to_its_gradient_and_where_logits_are_extreme(rng: np.random.Generator) -> None:
+    targets = torch.from_numpy(rng.random((2, 3, 5, 9)).round(1)).float()
+    logits = torch.from_numpy(rng.normal(scale=30, size=(2, 3, 5, 9))).float()
+    results = []
+    for loss in (losses.focal_loss, lambda x, t: sigmoid_focal_loss(x, t).mean((2, 3))):
+        x = logits.clone().requires_grad_()
+        value = loss(x, targets)
+        value.sum().backward()
+        results.append((value.detach(), x.grad))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("distance", ["l1", "mse"])
+def test_distillation_losses_are_their_equations(rng: np.random.Generator, distance: Any) -> None:
+    def compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.abs(a - b) if distance == "l1" else (a - b) ** 2
+
+    student, teacher = rng.normal(size=(2, 2, 6, 3, 5))
+    valid = rng.random((2, 3, 5)) < 0.6
+    expected = compare(student, teacher).transpose(0, 2, 3, 1)[valid].mean()
+    found = losses.embedding_loss(double(student), double(teacher), double(valid), distance)
+    torch.testing.assert_close(found, torch.tensor(expected))
+    student, teacher = rng.normal(size=(2, 4, 7, 6))
+    expected_tokens = compare(student, teacher).mean((1, 2))
+    torch.testing.assert_close(losses.token_loss(double(student), double(teacher), distance), double(expected_tokens))
+
+
+def test_the_output_loss_and_its_weight_are_their_equations(rng: np.random.Generator) -> None:
+    student, teacher = rng.normal(scale=9, size=(2, 3, 4, 7, 5))
+    clipped = np.abs(np.clip(student, -11, 11) - np.clip(teacher, -11, 11)).mean((1, 2, 3))
+    torch.testing.assert_close(
+        losses.output_loss(double(student), double(teacher), LossConfig(logit_clip=11)), double(clipped)
+    )
+    soft = double(sigmoid(teacher))
+    config = LossConfig(output_kind="focal_dice", focal=3, dice=0.5)
+    expected = 3 * losses.focal_loss(double(student), soft) + 0.5 * losses.dice_loss(double(student), soft)
+    torch.testing.assert_close(losses.output_loss(double(student), double(teacher), config), expected.mean(1))
+    ious = rng.random((2, 20))
+    expected_weight = sigmoid(ious[0] / (ious[1] + 1e-6) - 1)
+    torch.testing.assert_close(losses.hard_mask_weight(double(ious[0]), double(ious[1])), double(expected_weight))
+
+
+def test_iou_is_the_shares_of_pixels(rng: np.random.Generator) -> None:
+    logits, targets = rng.normal(size=(3, 4, 7, 5)), rng.random((3, 1, 7, 5))
+    predicted, actual = logits > 0, targets > 0.5
+    expected = (predicted & actual).sum((2, 3)) / (predicted | actual).sum((2, 3))
+    torch.testing.assert_close(losses.mask_iou(double(logits), double(targets)), double(expected).float())
 
 
 def test_padding_does_not_count_in_the_embedding_loss() -> None:
@@ -44,13 +119,6 @@ def test_dice_is_zero_for_a_perfect_mask_and_one_for_a_disjoint_one() -> None:
     assert losses.dice_loss(-certain, target).item() == pytest.approx(1, abs=1e-3)
 
 
-def test_focal_is_cross_entropy_down_weighted_where_the_model_is_right() -> None:
-    logits, target = torch.tensor([[[[2.0]]]]), torch.tensor([[[[1.0]]]])
-    p = torch.sigmoid(logits)
-    expected = 0.25 * (1 - p) ** 2 * -p.log()
-    torch.testing.assert_close(losses.focal_loss(logits, target), expected.flatten(2).mean(2))
-
-
 def test_soft_targets_are_best_met_by_their_own_probability() -> None:
     coverage = torch.full((1, 1, 8, 8), 0.25)
     logits = torch.linspace(-4, 4, 81)
@@ -68,19 +136,6 @@ def test_iou_counts_pixels_above_the_thresholds() -> None:
     logits[:, 1, :, :2] = 1.0
     iou = losses.mask_iou(logits, target)
     torch.testing.assert_close(iou, torch.tensor([[0.0, 4 / 12], [0.0, 0.0], [0.0, 0.0]]))
-
-
-def test_distances_are_absolute_or_squared() -> None:
-    student, teacher = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 4, 4)
-    everywhere = torch.ones(2, 4, 4, dtype=torch.bool)
-    torch.testing.assert_close(
-        losses.embedding_loss(student, teacher, everywhere, "mse"), (student - teacher).square().mean()
-    )
-    tokens = losses.token_loss(student.flatten(2), teacher.flatten(2), "mse")
-    torch.testing.assert_close(tokens, (student - teacher).square().mean((1, 2, 3)))
-    torch.testing.assert_close(
-        losses.token_loss(student.flatten(2), teacher.flatten(2)), (student - teacher).abs().mean((1, 2, 3))
-    )
 
 
 def test_soft_masks_of_the_teacher_are_best_met_by_its_own_logits() -> None:

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import Sam
+from torchvision.ops import sigmoid_focal_loss
 
 from tinysam.distill import step
 from tinysam.distill.cache import open_cache
+from tinysam.distill.decoding import decode, dense_positions
 from tinysam.distill.groups import Group
 from tinysam.distill.loading import Reading, load_batches
 from tinysam.distill.losses import TERMS, LossConfig
 from tinysam.distill.memory import recompute_blocks
-from tinysam.distill.prompts import PromptConfig
+from tinysam.distill.prompts import PromptConfig, first_prompts
 from tinysam.distill.samples import Sample, SampleConfig
 from tinysam.distill.step import DistillationLoss
 
@@ -62,6 +65,54 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tiny_sam: Sam, batch: Sample)
     torch.testing.assert_close(loss.detach(), expected)
 
 
+def test_a_round_is_the_papers_equation_to_its_gradient(tiny_sam: Sam, batch: Sample) -> None:
+    """Against a transcription in float64 that takes no shortcut: all outputs resized, and the best one chosen last."""
+    teacher, student = copy.deepcopy(tiny_sam), copy.deepcopy(tiny_sam)
+    with torch.no_grad():
+        for value in teacher.mask_decoder.parameters():
+            value.mul_(1.2)
+    batch.weight[0, 1] = 0
+    batch.content_size[1] = 40  # the rest is padding
+    reference = copy.deepcopy(student).train()
+    loss, _, _ = forward(student, teacher, batch, refinements=[])
+    loss.backward()
+
+    embeddings = reference.image_encoder(step.preprocess(reference, batch.image, batch.content_size))
+    targets, weight = batch.targets.flatten(0, 1), batch.weight.flatten()
+    prompts = first_prompts(targets, batch.boxes.flatten(0, 1), PromptConfig(), torch.Generator().manual_seed(0))
+    prompts = step.shifted(prompts, (batch.origin * 16).float().repeat_interleave(3, 0))
+    outputs = []
+    for sam, embedding in ((reference, embeddings), (teacher, batch.embedding)):
+        outputs.append(decode(sam, embedding, dense_positions(sam, batch.origin, 4), prompts))
+    mine, theirs = outputs
+
+    def resized(logits: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(logits.double(), scale_factor=2, mode="bilinear")
+
+    def iou(logits: torch.Tensor) -> torch.Tensor:
+        predicted, actual = resized(logits) > 0, targets[:, None] > 0.5
+        return (predicted & actual).sum((2, 3)) / (predicted | actual).sum((2, 3)).clamp(min=1)
+
+    truth = targets[:, None].double().expand(-1, 4, -1, -1)
+    logits = resized(mine.logits)
+    p = logits.sigmoid()
+    dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / (p.sum((2, 3)) + truth.sum((2, 3)) + 1)
+    against_truth = 20 * sigmoid_focal_loss(logits, truth).mean((2, 3)) + dice
+    mask_loss = against_truth[:, 0] + against_truth[:, 1:].min(1).values
+    iou_loss = (mine.predicted_iou - iou(mine.logits)).abs().mean(1)
+    token_loss = (mine.tokens - theirs.tokens).abs().mean((1, 2))
+    hardness = torch.sigmoid(iou(theirs.logits)[:, 0] / (iou(mine.logits)[:, 0] + 1e-6) - 1)
+    output_loss = (mine.logits.clamp(-20, 20) - theirs.logits.clamp(-20, 20)).abs().mean((1, 2, 3))
+    shown = torch.stack([torch.ones(4, 4), F.pad(torch.ones(3, 3), (0, 1, 0, 1))])[:, None] > 0
+    embedding_loss = (embeddings - batch.embedding).abs()[shown.expand_as(embeddings)].mean()
+    each = token_loss + hardness.detach() * output_loss + mask_loss + iou_loss
+    expected = embedding_loss + (each * weight).sum() / weight.sum()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, value in gradients(reference).items():
+        torch.testing.assert_close(gradients(student)[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("term", TERMS)
 def test_a_term_of_weight_zero_is_not_computed(tiny_sam: Sam, batch: Sample, term: str) -> None:
     config = LossConfig(**{"dense": 1.0, term: 0.0})
@@ -78,7 +129,6 @@ def test_the_teacher_decodes_only_where_something_compares_with_its_masks(
         asked.append(sam is teacher)
         return decode(sam, *arguments)
 
-    decode = step.decode
     monkeypatch.setattr(step, "decode", counted)
     forward(copy.deepcopy(tiny_sam), teacher, batch, LossConfig(token=0, output=0))
     assert asked == [False] * 3
