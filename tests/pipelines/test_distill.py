@@ -22,8 +22,11 @@ from pipelines import distill
 from pipelines.common.cli import JobError, parse_config
 from pipelines.common.models import weights_sha256
 from tests.distill_cache import write_cache
+from tests.distill_workers import train_until
 from tests.processes import ray_processes
 from tinysam import build_sam, load, save_checkpoint
+from tinysam.distill.difficulty import load_difficulty
+from tinysam.distill.groups import epoch_order
 from tinysam.distill.history import Line, read_history
 from tinysam.lake.filesystem import LakeError, exists, join, read_bytes
 from tinysam.lake.shards import ShardError
@@ -251,6 +254,27 @@ def test_a_killed_driver_goes_on_as_if_nothing_had_happened(job: Callable[..., l
     assert distill.main(job(*long, output=output)) == 0
     assert distill.main(job(*long, output=undisturbed)) == 0
     assert_same_weights(output, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_workers_and_sees_every_image_of_an_epoch_once(
+    ground_truth: str, job: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    flags = ("--trainer.epochs", "1", "--trainer.checkpoint-every-s", "0", "--mining.strength", "1")
+    config = parse_config(distill.DistillConfig, job(*flags))
+    # Two workers take two shards at once, and four of their eight good images in each step.
+    train_until(2, config, workers=2, meeting=tmp_path / "meeting")
+    assert distill.main(job(*flags)) == 0
+    checkpoints = join(config.output, "checkpoints")
+    newest = json.loads(read_bytes(join(checkpoints, "latest.json")))["checkpoint"]
+    difficulty, _ = load_difficulty(join(checkpoints, newest, "difficulty.parquet"))
+    first, second = (
+        sorted(difficulty.values[f"{url}#{number}-{image}"][1] for image in range(4))
+        for number, url in ((n, f"{ground_truth}/shards/shard-{n}.parquet") for n in epoch_order(SHARDS, 0, 0)[1:3])
+    )
+    assert len(difficulty.values) == SHARDS * 4
+    assert set(first) == {0, 1}  # of the first life, and never seen again
+    assert second == [2, 2, 3, 3]  # one worker takes a shard at once, and two of its images in each step
 
 
 @pytest.mark.timeout(900)

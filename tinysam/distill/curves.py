@@ -38,5 +38,7 @@ def curves_page(title: str, lines: Sequence[Line]) -> str:
 
 
 def _curve(lines: Sequence[Line], name: str) -> tuple[list[float], list[float]]:
-    points = [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
-    return [step for step, _ in points], [value for _, value in points]
+    # Steps that a run made twice, having died between them and a checkpoint, count as they were made last.
+    points = {line["step"]: line[name] for line in lines if math.isfinite(line.get(name, math.nan))}
+    steps = sorted(points)
+    return steps, [points[step] for step in steps]

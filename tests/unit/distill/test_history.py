@@ -121,3 +121,8 @@ def test_curves_show_what_was_logged_and_nothing_else() -> None:
     assert "val_box" in page
     assert "val_click" not in page
     assert "<script" not in page
+
+
+def test_steps_that_a_run_made_twice_are_drawn_once() -> None:
+    twice = curves_page("a", [line(1), line(2), line(3, loss=9.0), line(2), line(3)])
+    assert twice == curves_page("a", [line(1), line(2), line(3)])

@@ -9,7 +9,7 @@ import torch
 from tinysam.distill.dense import dense_target
 from tinysam.distill.samples import SampleConfig, make_sample
 from tinysam.lake import schema
-from tinysam.lake.codecs import encode_embedding
+from tinysam.lake.codecs import Codec, encode_embedding
 from tinysam.lake.images import encode_jpeg
 from tinysam.lake.rle import decode_rle, encode_rle
 
@@ -87,15 +87,18 @@ def test_masks_lie_where_their_objects_are(rng: np.random.Generator, options: di
                 assert ((ys.max() + 1) * 2 <= box[3] + 6).all()
 
 
-def test_embeddings_are_cropped_with_the_image(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("codec", ["fp16", "int8"])
+def test_embeddings_are_cropped_with_the_image(rng: np.random.Generator, codec: Codec) -> None:
     row = make_row(rng, height=128)
+    row["embedding"] = encode_embedding(row["plain_embedding"], codec)
+    tolerance = {"fp16": 1e-3, "int8": 2e-2}[codec]
     origins = set()
     for _ in range(20):
-        made = sample(row, rng, crop_size=64)
+        made = sample(row, rng, crop_size=64, codec=codec)
         x, y = made.origin.tolist()
         origins.add((x, y))
         expected = torch.from_numpy(row["plain_embedding"][:, y : y + 4, x : x + 4])
-        torch.testing.assert_close(made.embedding, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(made.embedding, expected, rtol=tolerance, atol=tolerance)
     assert len(origins) > 1
 
 
