@@ -34,7 +34,7 @@ from tinysam.distill.optimizer import OptimizerConfig
 from tinysam.distill.progress import BEST
 from tinysam.distill.prompts import PromptConfig
 from tinysam.distill.samples import SampleConfig
-from tinysam.distill.student import build_student, is_untrained
+from tinysam.distill.student import build_student
 from tinysam.distill.teacher_masks import TeacherMaskConfig
 from tinysam.distill.trainer import NonFiniteLossError, Trainer, TrainerConfig
 from tinysam.distill.validation import SCORES, validation_batches
@@ -42,7 +42,7 @@ from tinysam.lake import schema
 from tinysam.lake.filesystem import LakeError, exists, join, open_filesystem, write_once
 from tinysam.lake.fingerprint import fingerprint
 from tinysam.lake.run_record import RUN_FILE, RunRecord, check_same_run, read_run_record
-from tinysam.modeling.checkpoint import CheckpointError
+from tinysam.modeling.checkpoint import CheckpointError, is_untrained
 
 NO_TEACHER = "none"
 STUDENT_FILE = "student.safetensors"

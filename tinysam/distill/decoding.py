@@ -35,7 +35,9 @@ def dense_positions(sam: Sam, origins: torch.Tensor, size: int) -> torch.Tensor:
         ``(B, C, size, size)``.
     """
     frame = sam.prompt_encoder.get_dense_pe()[0]
-    return torch.stack([frame[:, y : y + size, x : x + size] for x, y in origins.tolist()])
+    # Indices rather than slices: a GPU need not tell the CPU where the crops are, for which it would have to stop.
+    columns, rows = (origins[:, axis, None] + torch.arange(size, device=origins.device) for axis in (0, 1))
+    return frame[:, rows[:, :, None], columns[:, None]].transpose(0, 1)
 
 
 def at_target_stride(logits: torch.Tensor) -> torch.Tensor:

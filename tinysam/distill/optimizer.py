@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +52,16 @@ def learning_rate(step: int, total: int, config: OptimizerConfig) -> float:
 
 def moving_average(
     decay: float,
-) -> Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], torch.Tensor | int], None]:
+) -> Callable[[Tensors, Tensors, torch.Tensor | int], None]:
     """An exponential moving average whose decay rises from 0.1 to ``decay``: the first weights are soon forgotten."""
 
     @torch.no_grad()
-    def update(
-        averaged: Sequence[torch.Tensor], current: Sequence[torch.Tensor], num_averaged: torch.Tensor | int
-    ) -> None:
+    def update(averaged: Tensors, current: Tensors, num_averaged: torch.Tensor | int) -> None:
         now = min(decay, (1 + float(num_averaged)) / (10 + float(num_averaged)))
-        for mean, value in zip(averaged, current, strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(value.to(mean.dtype), 1 - now)
-            else:
-                mean.copy_(value)
+        if averaged[0].is_floating_point():  # AveragedModel hands over tensors of one type at a time
+            torch._foreach_lerp_(averaged, current, 1 - now)
+        else:
+            torch._foreach_copy_(averaged, current)
 
     return update
 

@@ -117,9 +117,10 @@ def sample_points(regions: torch.Tensor, generator: torch.Generator) -> torch.Te
     """
     n, _, width = regions.shape
     regions = regions.flatten(1)
-    count = torch.where(regions.any(1, keepdim=True), regions, True).cumsum(1)  # of the region's pixels up to each
+    # Of the region's pixels, those up to each pixel.
+    count = torch.where(regions.any(1, keepdim=True), regions, True).cumsum(1, dtype=torch.int32)
     rank = torch.rand((n, 1), generator=generator, device=generator.device) * count[:, -1:]
-    index = torch.searchsorted(count, rank.long() + 1)[:, 0]
+    index = torch.searchsorted(count, rank.int() + 1)[:, 0]
     pixels = torch.stack([index % width, index // width], 1)
     # Below 1 by more than float32's rounding: 63 + 0.99999994 would be 64, a pixel beyond the mask.
     within = torch.rand((n, 2), generator=generator, device=generator.device) * (1 - 2**-10)
