@@ -268,6 +268,9 @@ def train(
     if device == "cpu":
         torch.set_num_threads(config.cpus_per_worker)
     teacher_model = None if teacher == NO_TEACHER else load(teacher)
+    if teacher_model is not None:
+        # What it would say is in the cache, and SAM-H's takes 2.5 GB.
+        teacher_model.image_encoder = torch.nn.Identity()
     student = build_student(config.student, cache, teacher_model if config.init_decoder else None, fresh=config.fresh)
     is_first = rank == 0
     history = History(join(config.output, HISTORY_FILE))

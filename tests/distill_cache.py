@@ -12,7 +12,7 @@ from tinysam.lake import schema
 from tinysam.lake.codecs import encode_embedding
 from tinysam.lake.images import encode_jpeg
 from tinysam.lake.rle import encode_rle
-from tinysam.lake.shards import write_shard
+from tinysam.lake.shards import read_shard, write_shard
 
 SIZE = 128
 CHANNELS = 32
@@ -47,6 +47,16 @@ def write_cache(
         ids += [f"shard-{number}"] * len(rows)
     pq.write_table(pa.table({"shard_id": ids}), folder / "index.parquet")
     return str(folder)
+
+
+def spoil_embedding(shard: str, row: int) -> str:
+    """Makes an embedding NaN in a shard, and returns the id of its image."""
+    table = read_shard(shard)
+    embeddings = table["embedding"].to_pylist()
+    embeddings[row] = np.full(CHANNELS * 8 * 8, np.nan, np.float16).tobytes()
+    changed = table.set_column(table.schema.get_field_index("embedding"), "embedding", pa.array(embeddings))
+    pq.write_table(changed, shard)
+    return table["image_id"][row].as_py()
 
 
 def _row(rng: np.random.Generator, name: str, embeddings: bool, masks: bool) -> dict[str, object]:

@@ -21,7 +21,7 @@ from segment_anything.modeling import Sam
 from pipelines import distill
 from pipelines.common.cli import JobError, parse_config
 from pipelines.common.models import weights_sha256
-from tests.distill_cache import write_cache
+from tests.distill_cache import spoil_embedding, write_cache
 from tests.distill_workers import train_until
 from tests.processes import ray_processes
 from tinysam import build_sam, load, save_checkpoint
@@ -310,3 +310,16 @@ def test_a_worker_that_meets_a_bad_shard_ends_the_run_at_once(
     with pytest.raises(JobError, match=r"shard-1\.parquet"):
         distill.main(job("--num-workers", "1", cache=broken))
     assert "workers died" not in capfd.readouterr().err
+
+
+def test_a_nan_that_one_of_two_workers_meets_names_shard_and_image_and_overwrites_nothing(
+    tiny_checkpoint: str, job: Callable[..., list[str]], ray_address: str, tmp_path: Path
+) -> None:
+    metadata = {"teacher": tiny_checkpoint, "teacher_sha256": weights_sha256(tiny_checkpoint)}
+    spoilt = write_cache(tmp_path / "spoilt", shards=SHARDS, metadata=metadata)
+    number = epoch_order(SHARDS, 0, 0)[2]  # so that a checkpoint is there already
+    image = spoil_embedding(f"{spoilt}/shards/shard-{number}.parquet", 1)
+    with pytest.raises(JobError, match=rf"the loss is nan at step 2, on .*/shard-{number}\.parquet#{image}\. 1 of 2"):
+        distill.main(job("--num-workers", "2", "--trainer.checkpoint-every-s", "0", cache=spoilt))
+    latest = json.loads(read_bytes(str(tmp_path / "student" / "checkpoints" / "latest.json")))
+    assert latest["shards_done"] == 2

@@ -256,12 +256,12 @@ class Trainer:
         guilty = []
         for batch, refinements in seen:
             for index, key in enumerate(batch.key):
-                self._optimizer.zero_grad(set_to_none=True)
-                generator = seeded_generator((0,), self._device)
                 image = batch.image_at(index).to(self._device)
+                generator = seeded_generator((0,), self._device)
                 alone = self._local_loss(image, refinements, generator, self._autocast)[0]
-                alone.backward()
-                norm = nn.utils.get_total_norm([p.grad for p in self._trained if p.grad is not None])
+                # Not backward(), at which other workers would take these gradients for their step's.
+                gradients = torch.autograd.grad(alone, self._trained, allow_unused=True)
+                norm = nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
                 if not math.isfinite(alone.item() + norm.item()):
                     guilty.append(key)
         where = ", ".join(guilty or keys)

@@ -9,13 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from segment_anything.modeling import Sam
 
+from tests.distill_cache import spoil_embedding
 from tinysam.distill.cache import Cache, open_cache
 from tinysam.distill.difficulty import MiningConfig
 from tinysam.distill.groups import epoch_order
@@ -25,7 +23,6 @@ from tinysam.distill.prompts import PromptConfig
 from tinysam.distill.samples import SampleConfig
 from tinysam.distill.trainer import NonFiniteLossError, Trainer, TrainerConfig
 from tinysam.distill.validation import validation_batches
-from tinysam.lake.shards import read_shard
 from tinysam.modeling.checkpoint import load, read_metadata
 
 CONFIG = TrainerConfig(
@@ -114,16 +111,11 @@ def test_a_nan_in_the_cache_names_shard_and_image_and_overwrites_nothing(
     folder = make_cache("c")
     cache = open_cache([folder])
     broken = cache.shards[epoch_order(3, CONFIG.seed, 0)[1]].url  # so that a checkpoint is there already
-    table = read_shard(broken)
-    embeddings = table["embedding"].to_pylist()
-    embeddings[2] = np.full(32 * 8 * 8, np.nan, np.float16).tobytes()
-    changed = table.set_column(table.schema.get_field_index("embedding"), "embedding", pa.array(embeddings))
-    pq.write_table(changed, broken)
+    image = spoil_embedding(broken, 2)
     teacher, checkpoints = copy.deepcopy(tiny_sam), tmp_path / "checkpoints"
     trainer = make_trainer(copy.deepcopy(tiny_sam), cache, checkpoints, teacher=teacher)
     with pytest.raises(NonFiniteLossError) as stopped:
         trainer.run()
-    image = table["image_id"][2].as_py()
     assert f"on {broken}#{image}. 1 of 2 images" in str(stopped.value)
     assert all(value.isfinite().all() for value in trainer.student.state_dict().values())
     assert json.loads((checkpoints / "latest.json").read_bytes())["shards_done"] == 1
