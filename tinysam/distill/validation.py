@@ -22,6 +22,8 @@ SCORES = ("box", "click", "click_3", "click_best")
 CORRECTIONS = 2
 MASKS = 32
 """Masks of an image that are looked at."""
+CHOICE = 4
+"""Images that are read for each that is looked at, where there are so many."""
 
 
 def validation_batches(
@@ -46,7 +48,9 @@ def validation_batches(
                 f"{url} is cached at {cache.image_size} pixels, the training set at {image_size}. "
                 f"Cache it with --image-size {image_size}."
             )
-        group = Group(offset=0, shards=tuple(range(len(cache.shards))), steps=images)
+        # All of a group is read at once: of large caches only as many shards as give a choice.
+        every = max(1, cache.images // (CHOICE * images))
+        group = Group(offset=0, shards=tuple(range(0, len(cache.shards), every)), steps=images)
         reading = Reading(groups=[group], samples=SampleConfig(crop_size=crop_size), prompts=MASKS, batch_size=1)
         batches += load_batches(cache, reading, processes=0)
     return batches

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from segment_anything.modeling import Sam
 
 from tinysam.distill import validation
+from tinysam.distill.cache import Cache
 from tinysam.distill.decoding import Decoded
 from tinysam.distill.prompts import BACKGROUND, FOREGROUND, NO_POINT, Prompts
 from tinysam.distill.validation import SCORES, centres, validate, validation_batches
@@ -71,6 +73,25 @@ def test_prompts_of_a_crop_are_told_in_the_models_frame(
     assert batch.image.shape[-2:] == (64, 64)
     corners = batch.boxes.flatten(0, 1).reshape(-1, 2, 2) + batch.origin[0] * 16
     assert torch.equal(asked[0].points, corners)
+
+
+def test_of_a_large_cache_only_a_choice_of_shards_is_read(
+    make_cache: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    of_cache = Cache.read
+
+    def noted(cache: Cache, shard: int) -> Any:
+        read.append(shard)
+        return of_cache(cache, shard)
+
+    monkeypatch.setattr(Cache, "read", noted)
+    folder = make_cache("c", shards=12, images=1, embeddings=False)  # a good and a bad row in each
+    assert len(validation_batches([folder], images=1, image_size=128)) == 1
+    assert sorted(read) == [0, 6]  # 24 rows, of which four are wanted
+    read.clear()
+    validation_batches([folder], images=6, image_size=128)
+    assert sorted(read) == list(range(12))
 
 
 def test_a_centre_is_the_regions_pixel_nearest_to_its_centroid() -> None:
