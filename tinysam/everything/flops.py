@@ -2,7 +2,7 @@
 
 Counted are the products that involve the N image tokens, as multiply-adds; all that is done on the prompts' few tokens
 is the same in both and left out, as are element-wise operations. For SAM at 1024 pixels (N 4096, C 256, D 128, H 8)
-and a point (T 7), the plain decoder needs 1.79 G a prompt, the low-rank one 0.46 G (of which 0.21 G before the
+and a point (T 7), the plain decoder needs 1.79 G a prompt, the low-rank one 0.44 G (of which 0.18 G before the
 predicted IoU is known) and 1.74 G once an image.
 """
 
@@ -65,13 +65,15 @@ def low_rank_cost(shape: DecoderShape, tokens: int) -> tuple[int, int]:
     """Multiply-adds (once an image, a prompt) of the low-rank decoder.
 
     An image: eleven projections N x C x D and the first convolution. A prompt: products of T x N x D for keys, values,
-    queries and the statistics of LayerNorm (14), and with rank R = H T: R x R x N four times in layer 1 and its first
-    LayerNorm, 2R x 2R x N in the second, R x 2R x N twice in the final attention, 2R x C x N in the first convolution.
+    queries and the statistics of LayerNorm (11), and with rank R = H T: R x R x N four times in layer 1 and its first
+    LayerNorm, 2R x 2R x N in the second, 2R x C x N in the first convolution. The final attention is that of F tokens,
+    those of the masks and of their predicted IoU: F x N x D three times, and H F x 2R x N twice.
     """
     n, c, d = shape.image_tokens, shape.channels, shape.attention_channels
-    rank = shape.heads * tokens
+    rank, final = shape.heads * tokens, 1 + shape.masks
     image = 11 * n * c * d + n * c * c
-    prompt = 14 * tokens * n * d + (4 + 4 + 4) * rank * rank * n + 2 * rank * c * n
+    prompt = (11 * tokens + 3 * final) * n * d + (4 + 4) * rank * rank * n + 2 * rank * c * n
+    prompt += 2 * shape.heads * final * 2 * rank * n
     return image, prompt + after_first_convolution(shape)
 
 

@@ -19,7 +19,7 @@ from tinysam.everything.low_rank import LowRankDecoder
 from tinysam.runtime.engine import Engine, EngineConfig, EngineName, Precision, open_engine
 from tinysam.runtime.graphs import cached_graph, default_folder, identity, quiet_export, require_finite
 
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 """Raised when other graphs are exported, so that cached ones are not used."""
 
 PROMPTS = 8

@@ -31,7 +31,8 @@ terms that are constant over what a softmax runs over drop out. The second updat
 
     K2 = r2 * (r1 * S2 + A2' F2 + 1 c) + 1 b        S2 = S1^ diag(g), shared      c = (b + b_o)^ diag(g), shared
 
-where the rank is 2R: ``A2`` stacks ``r1 * A1`` on the new attention weights. **The final attention** projects ``K2``.
+where the rank is 2R: ``A2`` stacks ``r1 * A1`` on the new attention weights. **The final attention** projects ``K2``,
+for the tokens of the predicted IoU and of the masks asked for.
 **Upscaling** starts with a transposed convolution of stride 2 and size 2, a product per token, so it splits too; only
 what follows is done token by token, and only for prompts that have a mask of sufficient predicted IoU.
 
@@ -168,13 +169,17 @@ class LowRankDecoder:
         weights_1, values_1 = self._write(image, queries, tokens, update)
         update = self._second_update(image, weights_0, values_0, weights_1, values_1, update)
 
+        # Tokens of the prompt and of masks not asked for end here: nothing reads what they would learn.
+        chosen = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
+        read = [0, *(1 + i for i in chosen)]
+        queries, tokens = queries[:, read], tokens[:, read]
         bias = second.norm4.bias
         queries = queries + self._read(2, queries + tokens, image.keys_2, image.values_2, bias, update)
-        queries = transformer.norm_final_attn(queries)
+        iou_query, *mask_queries = transformer.norm_final_attn(queries).unbind(1)
 
-        chosen = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
-        hyper = torch.stack([decoder.output_hypernetworks_mlps[i](queries[:, 1 + i]) for i in chosen], dim=1)
-        predicted_iou = decoder.iou_prediction_head(queries[:, 0])[:, chosen.start : chosen.stop]
+        networks = [decoder.output_hypernetworks_mlps[i] for i in chosen]
+        hyper = torch.stack([mlp(query) for mlp, query in zip(networks, mask_queries, strict=True)], dim=1)
+        predicted_iou = decoder.iou_prediction_head(iou_query)[:, chosen.start : chosen.stop]
         return DecodedTokens(predicted_iou, hyper, update)
 
     @torch.no_grad()
