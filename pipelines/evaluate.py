@@ -83,7 +83,8 @@ class EvaluateConfig(ShardJobConfig):
     engine: EngineChoice = "auto"
     """What embeds the images. auto: OpenVINO on CPUs, torch on GPUs. Quantized models bring their own."""
     everything: HierarchicalConfig = field(default_factory=lambda: HierarchicalConfig(output_mode="coco_rle"))
-    """Options of everything mode; --everything.rounds 1 is SAM's own flat grid."""
+    """Options of everything mode; --everything.preset paper is TinySAM's schedule, --everything.rounds 1 SAM's own flat
+    grid."""
     prompts_per_batch: int = 64
     """Box and click prompts that are decoded together."""
 
@@ -133,9 +134,7 @@ class EvaluateConfig(ShardJobConfig):
         if "points" in self.tasks:
             identity["clicks"] = asdict(self.clicks)
         if "everything" in self.tasks or self.teacher is not None:
-            options = asdict(self.everything)
-            del options["points_per_batch"]  # changes memory and speed alone
-            identity["everything"] = options
+            identity["everything"] = self.everything.decisive()
         return identity
 
 

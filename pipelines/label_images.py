@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -54,7 +54,8 @@ class LabelImagesConfig(ShardJobConfig):
     """What embeds the images. auto: OpenVINO on CPUs, torch on GPUs. compiled: torch.compile. A quantized student
     brings its own."""
     everything: HierarchicalConfig = field(default_factory=lambda: HierarchicalConfig(output_mode="coco_rle"))
-    """Options of everything mode; --everything.rounds 1 is SAM's own flat grid."""
+    """Options of everything mode; --everything.preset paper is TinySAM's schedule, --everything.rounds 1 SAM's own flat
+    grid."""
     min_area: int = 0
     """Masks with fewer pixels are left out."""
     max_area: int | None = None
@@ -84,10 +85,8 @@ class LabelImagesConfig(ShardJobConfig):
 
     def labelling(self) -> dict[str, Any]:
         """What decides about the masks beside the weights."""
-        options = asdict(self.everything)
-        del options["points_per_batch"]  # changes memory and speed alone
         names = ("engine", "min_area", "max_area", "max_masks")
-        return {"everything": options, **{name: getattr(self, name) for name in names}}
+        return {"everything": self.everything.decisive(), **{name: getattr(self, name) for name in names}}
 
 
 class LabelImagesWorker(ShardWorker):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
 
 OutputMode = Literal["binary_mask", "uncompressed_rle", "coco_rle"]
 Precision = Literal["float32", "bfloat16"]
@@ -85,26 +85,92 @@ class MaskGeneratorConfig:
                     f"crop_n_points_downscale_factor={self.crop_n_points_downscale_factor}"
                 )
 
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide about the masks: all but those that change memory and speed alone."""
+        options = asdict(self)
+        del options["points_per_batch"]
+        return options
+
 
 @dataclass(frozen=True, kw_only=True)
-class HierarchicalConfig(MaskGeneratorConfig):
-    """Options of the hierarchical mode: the paper's defaults (a grid of 8, then of 32, and a threshold of 8.5)."""
+class Schedule:
+    """Which points the hierarchical mode prompts, and when. Values outside the stated ranges raise ValueError."""
 
-    rounds: int = 2
-    """Grids in all, from the coarse one to the dense one in steps of equal ratio: 3 gives 8, 16 and 32. The paper has
-    2; with more, what a middle round finds spares points of the dense one (our choice)."""
+    rounds: int
+    """Grids in all, from the coarse one to the dense one in steps of equal ratio: 3 with a coarse_ratio of 4 gives 8,
+    16 and 32. 1 is the flat grid."""
 
-    coarse_ratio: float = 4
+    coarse_ratio: float
     """The first round's grid has points_per_side divided by this along each side, rounded; 3.2 gives 10 before 32."""
 
-    high_score_thresh: float = 8.5
+    high_score_thresh: float
     """Pixels whose logit is above this in a mask kept by one round get no point in the later ones."""
 
+    nested: bool
+    """Rounds before the last take their points from the dense grid, those nearest to their own grid's, so that no
+    round adds any. Otherwise they prompt their own grid's, in addition to the dense one's."""
+
+    iou_margin: float
+    """After the first round, points are left out that are expected to give no mask: of the prompted points most alike
+    in the image embedding, none was predicted an IoU within this of pred_iou_thresh. inf leaves none out."""
+
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, not {self.rounds}")
         if not 1 <= self.coarse_ratio < math.inf:
             raise ValueError(f"coarse_ratio must be at least 1, not {self.coarse_ratio}")
         if math.isnan(self.high_score_thresh):
             raise ValueError("high_score_thresh must be a number, not NaN")
+        if not self.iou_margin >= 0:
+            raise ValueError(f"iou_margin must not be negative, not {self.iou_margin}")
+
+
+Preset = Literal["adaptive", "paper"]
+PRESETS: dict[Preset, Schedule] = {
+    # Our choice, by benchmarks/rounds.py; the README has its table.
+    "adaptive": Schedule(rounds=5, coarse_ratio=4, high_score_thresh=12.0, nested=True, iou_margin=0.1),
+    # TinySAM, arXiv 2312.13789, section 3.3: a grid of 8 by 8, then what is left of one of 32 by 32.
+    "paper": Schedule(rounds=2, coarse_ratio=4, high_score_thresh=8.5, nested=False, iou_margin=math.inf),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HierarchicalConfig(MaskGeneratorConfig):
+    """Options of the hierarchical mode: those of the flat grid, and a schedule."""
+
+    preset: Preset = "adaptive"
+    """The schedule: adaptive spares more points for the same masks, paper is TinySAM's. The options below, where given,
+    take the place of the preset's; ``Schedule`` describes them."""
+
+    rounds: int | None = None
+    """Grids in all, from the coarse one to the dense one; 1 is SAM's flat grid."""
+
+    coarse_ratio: float | None = None
+    """points_per_side of the last round divided by that of the first."""
+
+    high_score_thresh: float | None = None
+    """Pixels whose logit is above this in a mask that was kept get no point in later rounds."""
+
+    nested: bool | None = None
+    """Whether all rounds share the points of the dense grid."""
+
+    iou_margin: float | None = None
+    """Points are left out where the predicted IoU is expected to miss pred_iou_thresh by more than this."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
+        _ = self.schedule  # refuses values out of range
+
+    @property
+    def schedule(self) -> Schedule:
+        """The preset's, with the options that were given."""
+        given = {field.name: getattr(self, field.name) for field in fields(Schedule)}
+        return replace(PRESETS[self.preset], **{name: value for name, value in given.items() if value is not None})
+
+    def decisive(self) -> dict[str, Any]:
+        """As for the flat grid; a preset and the same options by hand are equal."""
+        options = super().decisive() | asdict(self.schedule)
+        del options["preset"]
+        return options

@@ -57,3 +57,12 @@ def embed_points(sam: Sam, encoded: EncodedImage, points: np.ndarray) -> torch.T
     labels = torch.ones(coords.shape[:2], dtype=torch.int, device=sam.device)
     sparse, _ = sam.prompt_encoder(points=(coords, labels), boxes=None, masks=None)
     return sparse
+
+
+def embedding_at(sam: Sam, encoded: EncodedImage, points: np.ndarray) -> torch.Tensor:
+    """The image embedding (B, C) where (B, 2) points lie, in image pixels: that of the embedding's cell."""
+    height, width = encoded.embedding.shape[2:]
+    in_input = points / encoded.size[::-1] * encoded.input_size[::-1]
+    cells = np.floor(in_input / sam.image_encoder.img_size * (width, height)).astype(np.int64)
+    columns, rows = torch.from_numpy(cells.clip(0, (width - 1, height - 1))).T.to(encoded.embedding.device)
+    return encoded.embedding[0, :, rows, columns].T

@@ -37,6 +37,20 @@ class Scene:
     frame: MaskFrame
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromptedPoints:
+    """What N prompts of a crop gave."""
+
+    masks: Candidates
+    """Those that pass the filters."""
+
+    best_iou: torch.Tensor
+    """(N,) the highest predicted IoU of each prompt's masks."""
+
+    highest: np.ndarray
+    """(P,) the highest logit that any of ``masks`` has at each pixel asked about; -inf without masks."""
+
+
 class SamAutomaticMaskGenerator:
     """Segments everything in an image, with segment-anything's options, defaults and records.
 
@@ -184,30 +198,30 @@ class SamAutomaticMaskGenerator:
 
     def _segment(self, scene: Scene, grid: np.ndarray) -> Candidates:
         """All masks of one crop that pass the filters, duplicates included."""
-        return self._segment_points(scene, grid * scene.encoded.size[::-1])[0]
+        return self._prompt(scene, grid * scene.encoded.size[::-1]).masks
 
-    def _segment_points(
-        self, scene: Scene, points: np.ndarray, probed: Pixels = NO_PIXELS
-    ) -> tuple[Candidates, np.ndarray]:
-        """The masks of ``points`` (N, 2), in pixels of the crop, that pass the filters.
+    @property
+    def _min_iou(self) -> float:
+        """Masks whose predicted IoU is not above this are dropped."""
+        return self.config.pred_iou_thresh if self.config.pred_iou_thresh > 0 else -np.inf
 
-        Returns:
-            the masks, and (P,) the highest logit that any of them has at each of the crop's ``probed`` pixels.
-        """
+    def _prompt(self, scene: Scene, points: np.ndarray, probed: Pixels = NO_PIXELS) -> PromptedPoints:
+        """Prompts ``points`` (N, 2), in pixels of the crop, and looks up the logits at the crop's ``probed`` pixels."""
         config, frame = self.config, scene.frame
-        min_iou = config.pred_iou_thresh if config.pred_iou_thresh > 0 else -np.inf
-        parts, highest = [], np.full(len(probed[0]), -np.inf, np.float32)
+        masks, best_iou = [], [torch.zeros(0, device=self.model.device)]
+        highest = np.full(len(probed[0]), -np.inf, np.float32)
         for start in range(0, len(points), config.points_per_batch):
             batch = points[start : start + config.points_per_batch]
             with self._stage("decode"):
-                decoded = scene.decoder.decode(embed_points(self.model, scene.encoded, batch), min_iou)
+                decoded = scene.decoder.decode(embed_points(self.model, scene.encoded, batch), self._min_iou)
+                best_iou.append(decoded.predicted_iou.amax(1))
             with self._stage("masks"):
                 candidates, kept = self._measure(decoded, batch, frame)
-                parts.append(candidates.select(kept))
+                masks.append(candidates.select(kept))
                 if len(highest) and kept.any():
                     logits = decoded.logits[torch.from_numpy(kept).to(decoded.logits.device)]
                     highest = np.maximum(highest, probe(logits, frame, *probed).max(0))
-        return Candidates.concatenate(parts), highest
+        return PromptedPoints(masks=Candidates.concatenate(masks), best_iou=torch.cat(best_iou), highest=highest)
 
     def _measure(self, decoded: DecodedPrompts, points: np.ndarray, frame: MaskFrame) -> tuple[Candidates, np.ndarray]:
         """The masks decoded from ``points``, and which of them (N,) pass the filters."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.spatial import cKDTree
 from segment_anything.utils.amg import build_all_layer_point_grids, build_point_grid, generate_crop_boxes
 
 from tinysam.everything.config import MaskGeneratorConfig
@@ -80,6 +81,23 @@ def round_grids(dense: np.ndarray, ratio: float, rounds: int) -> list[np.ndarray
     side = len(dense) ** 0.5
     left = [ratio ** (1 - i / (rounds - 1)) for i in range(rounds - 1)]
     return [*(build_point_grid(max(1, round(side / r))) for r in left), dense]
+
+
+def nested_grids(dense: np.ndarray, ratio: float, rounds: int) -> list[np.ndarray]:
+    """The points of ``dense``, parted into rounds.
+
+    Each round but the last takes those nearest to the points of its grid in ``round_grids``, if no earlier round has
+    them; the last takes the rest.
+    """
+    grids = round_grids(dense, ratio, rounds)
+    left = np.ones(len(dense), bool)
+    parts = []
+    for coarse in grids[:-1]:
+        nearest = np.zeros(len(dense), bool)
+        nearest[cKDTree(dense).query(coarse)[1]] = True
+        parts.append(dense[nearest & left])
+        left &= ~nearest
+    return [*parts, dense[left]]
 
 
 def pixels_of(points: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

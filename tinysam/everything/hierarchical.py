@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from segment_anything.modeling import Sam
 
 from tinysam.everything.candidates import Candidates
-from tinysam.everything.config import HierarchicalConfig, OutputMode, Precision
+from tinysam.everything.config import HierarchicalConfig, OutputMode, Precision, Preset
+from tinysam.everything.decoding import embedding_at
 from tinysam.everything.generator import SamAutomaticMaskGenerator, Scene
-from tinysam.everything.grids import pixels_of, round_grids
+from tinysam.everything.grids import nested_grids, pixels_of, round_grids
+from tinysam.everything.promise import expected_iou
 
 
 class SamHierarchicalMaskGenerator(SamAutomaticMaskGenerator):
     """Segments everything in an image in rounds (TinySAM, arXiv 2312.13789, section 3.3, where they are two).
 
     The first round prompts a coarse grid. Each later one prompts the points of a denser grid that no mask kept so far
-    covers confidently. All rounds' masks are then merged by one suppression. Crops are segmented each in rounds of
-    their own.
+    covers confidently and, but for the preset ``paper``, that promise a mask (``tinysam.everything.promise``). All
+    rounds' masks are then merged by one suppression. Crops are segmented each in rounds of their own.
     """
 
     __slots__ = ()
@@ -41,16 +45,19 @@ class SamHierarchicalMaskGenerator(SamAutomaticMaskGenerator):
         point_grids: Sequence[ArrayLike] | None = None,
         min_mask_region_area: int = 0,
         output_mode: OutputMode = "binary_mask",
-        rounds: int = 2,
-        coarse_ratio: float = 4,
-        high_score_thresh: float = 8.5,
+        preset: Preset = "adaptive",
+        rounds: int | None = None,
+        coarse_ratio: float | None = None,
+        high_score_thresh: float | None = None,
+        nested: bool | None = None,
+        iou_margin: float | None = None,
         precision: Precision = "float32",
     ) -> None:
         """
         Args:
             model: any Sam, on any device.
             point_grids: instead of ``points_per_side``: for each crop layer, the last round's (N, 2) points (x, y)
-                in 0..1. The first round's grid is regular, with about N / coarse_ratio**2 points.
+                in 0..1. The first round has about N / coarse_ratio**2 points.
 
         ``HierarchicalConfig`` describes the other options.
 
@@ -71,22 +78,32 @@ class SamHierarchicalMaskGenerator(SamAutomaticMaskGenerator):
             min_mask_region_area=min_mask_region_area,
             output_mode=output_mode,
             precision=precision,
+            preset=preset,
             rounds=rounds,
             coarse_ratio=coarse_ratio,
             high_score_thresh=high_score_thresh,
+            nested=nested,
+            iou_margin=iou_margin,
         )
         self._setup(model, config, point_grids)
 
     def _segment(self, scene: Scene, grid: np.ndarray) -> Candidates:
-        size, config = scene.encoded.size, self.config
-        grids = round_grids(grid, config.coarse_ratio, config.rounds)
-        points = np.concatenate(grids) * size[::-1]
-        number = np.repeat(np.arange(len(grids)), [len(one) for one in grids])
+        size, schedule = scene.encoded.size, self.config.schedule
+        part = nested_grids if schedule.nested else round_grids
+        rounds = part(grid, schedule.coarse_ratio, schedule.rounds)
+        points = np.concatenate(rounds) * size[::-1]
+        number = np.repeat(np.arange(len(rounds)), [len(one) for one in rounds])
         covered = np.zeros(len(points), bool)
+        features = embedding_at(self.model, scene.encoded, points)
+        prompted, best_iou = np.zeros(0, np.intp), torch.zeros(0, device=features.device)
         found = []
-        for current in range(len(grids)):
+        for current in range(len(rounds)):
             now, later = (np.flatnonzero(of & ~covered) for of in (number == current, number > current))
-            masks, logits = self._segment_points(scene, points[now], probed=pixels_of(points[later], size))
-            covered[later] = logits > config.high_score_thresh
-            found.append(masks)
+            if len(prompted) and schedule.iou_margin < math.inf:
+                expected = expected_iou(features[now], features[prompted], best_iou)
+                now = now[(expected > self._min_iou - schedule.iou_margin).cpu().numpy()]
+            answers = self._prompt(scene, points[now], probed=pixels_of(points[later], size))
+            covered[later] = answers.highest > schedule.high_score_thresh
+            prompted, best_iou = np.concatenate([prompted, now]), torch.cat([best_iou, answers.best_iou])
+            found.append(answers.masks)
         return Candidates.concatenate(found)

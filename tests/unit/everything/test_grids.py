@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from segment_anything.utils.amg import build_point_grid
 
-from tinysam.everything.grids import crops_of, pixels_of, round_grids
+from tinysam.everything.grids import crops_of, nested_grids, pixels_of, round_grids
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,27 @@ def test_each_rounds_grid_sits_on_cell_centres(ratio: float, rounds: int, sides:
 
 def test_no_dense_points_mean_no_coarse_ones() -> None:
     assert [len(grid) for grid in round_grids(np.zeros((0, 2)), 4, 3)] == [0]
+
+
+@pytest.mark.parametrize(("side", "ratio", "rounds"), [(32, 4, 5), (32, 4, 2), (9, 2.5, 3), (7, 100, 4), (5, 2, 1)])
+def test_nested_rounds_part_the_dense_grid(side: int, ratio: float, rounds: int) -> None:
+    dense = build_point_grid(side)
+    parts = nested_grids(dense, ratio, rounds)
+    assert len(parts) == rounds
+    everything = np.concatenate(parts)
+    assert sorted(map(tuple, everything)) == sorted(map(tuple, dense))
+    # The first of them spans the image as its coarse grid does.
+    coarse = round_grids(dense, ratio, rounds)[0]
+    distance = np.abs(parts[0][:, None] - coarse).max(2)
+    assert len(parts[0]) == len(coarse)
+    assert (distance.min(0) <= 0.5 / side + 1e-9).all()
+
+
+def test_nested_rounds_keep_every_point_given_even_twice() -> None:
+    points = np.array([[0.1, 0.2], [0.1, 0.2], [0.9, 0.8], [0.5, 0.5]])
+    parts = nested_grids(points, 2, 3)
+    assert sorted(map(tuple, np.concatenate(parts))) == sorted(map(tuple, points))
+    assert [len(part) for part in nested_grids(np.zeros((0, 2)), 4, 3)] == [0]
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2), st.floats(0, 1))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ from segment_anything.utils.amg import build_point_grid, calculate_stability_sco
 
 from tinysam import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator
 from tinysam.everything import HierarchicalConfig
+from tinysam.everything.config import PRESETS
 
 OPTIONS = {"points_per_side": 8, "pred_iou_thresh": 0.75, "stability_score_thresh": 0.6}
+PAPER = OPTIONS | {"preset": "paper"}
 
 
 def summary(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
@@ -51,7 +54,7 @@ def test_the_second_round_prompts_what_the_first_left_uncovered(
         blob_sam, **{**OPTIONS, "points_per_side": None}, point_grids=[np.concatenate([coarse, left])]
     ).generate(image)
     ours = SamHierarchicalMaskGenerator(
-        blob_sam, **OPTIONS, coarse_ratio=coarse_ratio, high_score_thresh=3.0, points_per_batch=5
+        blob_sam, **PAPER, coarse_ratio=coarse_ratio, high_score_thresh=3.0, points_per_batch=5
     ).generate(image)
     assert len(ours) == len(expected) >= 5
     for a, b in zip(ours, expected, strict=True):
@@ -69,7 +72,7 @@ def test_a_middle_round_spares_points_of_the_dense_one(blob_sam: Sam, photograph
         blob_sam, **{**OPTIONS, "points_per_side": None}, point_grids=[np.concatenate([prompted, last])]
     ).generate(photograph)
     ours = SamHierarchicalMaskGenerator(
-        blob_sam, **OPTIONS, rounds=3, coarse_ratio=2, high_score_thresh=3.0, points_per_batch=5
+        blob_sam, **PAPER, rounds=3, coarse_ratio=2, high_score_thresh=3.0, points_per_batch=5
     ).generate(photograph)
     assert len(ours) == len(expected) >= 5
     for a, b in zip(ours, expected, strict=True):
@@ -91,7 +94,8 @@ def test_a_threshold_that_covers_nothing_gives_both_grids(
     blob_sam: Sam, photograph: np.ndarray, crop_n_layers: int
 ) -> None:
     options = {**OPTIONS, "crop_n_layers": crop_n_layers}
-    ours = SamHierarchicalMaskGenerator(blob_sam, **options, high_score_thresh=np.inf).generate(photograph)
+    generator = SamHierarchicalMaskGenerator(blob_sam, **options, preset="paper", high_score_thresh=np.inf)
+    ours = generator.generate(photograph)
     grids = [grid_of_both_rounds(8, 2)] * (crop_n_layers + 1)
     options["points_per_side"] = None
     flat = SamAutomaticMaskGenerator(blob_sam, **options, point_grids=grids).generate(photograph)
@@ -105,7 +109,8 @@ def test_a_first_round_that_covers_everything_ends_it(
 ) -> None:
     # No stability filter, so that every crop's first round keeps a mask.
     options = {**OPTIONS, "crop_n_layers": crop_n_layers, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}
-    ours = SamHierarchicalMaskGenerator(blob_sam, **options, high_score_thresh=-1e9).generate(photograph)
+    generator = SamHierarchicalMaskGenerator(blob_sam, **options, preset="paper", high_score_thresh=-1e9)
+    ours = generator.generate(photograph)
     flat = SamAutomaticMaskGenerator(blob_sam, **{**options, "points_per_side": 2}).generate(photograph)
     assert summary(ours) == summary(flat)
     assert ours
@@ -126,7 +131,7 @@ def test_a_first_round_that_finds_nothing_leaves_the_dense_grid(blob_sam: Sam, p
 
     sam = copy.deepcopy(blob_sam)
     sam.mask_decoder = Picky(blob_sam.mask_decoder)
-    ours = SamHierarchicalMaskGenerator(sam, **OPTIONS, high_score_thresh=-1e9).generate(photograph)
+    ours = SamHierarchicalMaskGenerator(sam, **PAPER, high_score_thresh=-1e9).generate(photograph)
     flat = SamAutomaticMaskGenerator(blob_sam, **OPTIONS).generate(photograph)
     assert summary(ours) == summary(flat)
     assert ours
@@ -143,9 +148,9 @@ def test_no_points_give_no_records(blob_sam: Sam, photograph: np.ndarray) -> Non
 
 
 def test_explicit_grids_are_the_dense_round(blob_sam: Sam, photograph: np.ndarray) -> None:
-    options = {**OPTIONS, "points_per_side": None}
+    options = {**PAPER, "points_per_side": None}
     explicit = SamHierarchicalMaskGenerator(blob_sam, **options, point_grids=[build_point_grid(8)])
-    regular = SamHierarchicalMaskGenerator(blob_sam, **OPTIONS)
+    regular = SamHierarchicalMaskGenerator(blob_sam, **PAPER)
     assert summary(explicit.generate(photograph)) == summary(regular.generate(photograph))
 
 
@@ -162,11 +167,60 @@ def test_tiny_and_elongated_images_are_segmented(blob_sam: Sam, size: tuple[int,
     assert all(record["segmentation"].shape == size for record in records)
 
 
-def test_defaults_are_the_papers(blob_sam: Sam) -> None:
-    config = SamHierarchicalMaskGenerator(blob_sam).config
-    assert config == HierarchicalConfig()
-    assert (config.points_per_side, config.rounds, config.coarse_ratio, config.high_score_thresh) == (32, 2, 4, 8.5)
-    assert (config.pred_iou_thresh, config.stability_score_thresh, config.box_nms_thresh) == (0.88, 0.95, 0.7)
+def test_the_papers_schedule_is_a_preset(blob_sam: Sam) -> None:
+    config = SamHierarchicalMaskGenerator(blob_sam, preset="paper").config
+    assert config == HierarchicalConfig(preset="paper")
+    schedule = config.schedule
+    assert (schedule.rounds, schedule.coarse_ratio, schedule.high_score_thresh) == (2, 4, 8.5)
+    assert not schedule.nested
+    assert schedule.iou_margin == np.inf
+    assert (config.points_per_side, config.pred_iou_thresh, config.stability_score_thresh) == (32, 0.88, 0.95)
+    assert config.box_nms_thresh == 0.7
+
+
+def test_options_take_the_place_of_the_presets() -> None:
+    assert HierarchicalConfig().schedule == PRESETS["adaptive"]
+    assert HierarchicalConfig(preset="paper", rounds=3).schedule == replace(PRESETS["paper"], rounds=3)
+    given = HierarchicalConfig(**asdict(PRESETS["paper"]))
+    assert given.decisive() == HierarchicalConfig(preset="paper").decisive() != HierarchicalConfig().decisive()
+
+
+def prompted(sam: Sam, image: np.ndarray, left_iou: float, **options: Any) -> np.ndarray:
+    """The points (x, y) in 0..1 that are decoded where those on the left have ``left_iou`` and others 0.9."""
+    sam = copy.deepcopy(sam)
+    seen = []
+    size = sam.image_encoder.img_size
+    encode_points, decode = sam.prompt_encoder.forward, sam.mask_decoder.forward
+    embedding = torch.randn((1, sam.prompt_encoder.embed_dim, size // 16, size // 16)) * 0.1
+    embedding[..., size // 32 :] += 3
+    sam.image_encoder.forward = lambda images: embedding
+
+    def note(points: Any, boxes: None, masks: None) -> Any:
+        seen.append(points[0][:, 0].numpy() / size)
+        return encode_points(points=points, boxes=boxes, masks=masks)
+
+    def answer(**prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        masks, iou = decode(**prompts)
+        on_left = torch.from_numpy(seen[-1][:, 0] < 0.5)
+        return masks, torch.where(on_left[:, None], left_iou, 0.9).expand_as(iou)
+
+    sam.prompt_encoder.forward, sam.mask_decoder.forward = note, answer
+    SamHierarchicalMaskGenerator(sam, **options).generate(image)
+    return np.concatenate(seen)
+
+
+def test_points_like_those_that_gave_no_mask_are_left_out(blob_sam: Sam) -> None:
+    image = np.zeros((90, 90, 3), np.uint8)
+    options: dict[str, Any] = {"points_per_side": 16, "pred_iou_thresh": 0.75, "high_score_thresh": np.inf}
+    dense, coarse = 16 * 16, 4 * 4
+    poor = prompted(blob_sam, image, left_iou=0.6, **options)
+    assert len(poor) == dense / 2 + coarse / 2
+    assert (poor[:, 0] < 0.5).sum() == coarse / 2
+    assert len(np.unique(poor.round(6), axis=0)) == len(poor)
+    # Within the margin, without one, or without a threshold, none is left out.
+    assert len(prompted(blob_sam, image, left_iou=0.7, **options)) == dense
+    assert len(prompted(blob_sam, image, left_iou=0.6, **options, iou_margin=np.inf)) == dense
+    assert len(prompted(blob_sam, image, left_iou=-5.0, **options | {"pred_iou_thresh": 0.0})) == dense
 
 
 def test_config_carries_every_option(blob_sam: Sam, photograph: np.ndarray) -> None:
@@ -182,6 +236,9 @@ def test_config_carries_every_option(blob_sam: Sam, photograph: np.ndarray) -> N
         ({"coarse_ratio": float("nan")}, "coarse_ratio"),
         ({"high_score_thresh": float("nan")}, "high_score_thresh"),
         ({"points_per_side": 0}, "points_per_side"),
+        ({"rounds": 0}, "rounds"),
+        ({"iou_margin": -0.1}, "iou_margin"),
+        ({"preset": "fast"}, "preset must be one of adaptive, paper"),
     ],
 )
 def test_wrong_options_are_named(blob_sam: Sam, options: dict[str, Any], message: str) -> None:
