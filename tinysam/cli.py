@@ -13,6 +13,8 @@ from pathlib import Path
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 DEFAULT_MODEL = "demo_student"
 EXPORT_FORMATS = ("coco", "cvat", "label-studio", "sa1b", "yolo", "png")
+ENGINES = ("auto", "torch", "compiled", "openvino", "onnxruntime")
+PRESETS = ("adaptive", "paper")
 
 _EXAMPLES = """\
 examples:
@@ -93,7 +95,21 @@ def build_parser() -> argparse.ArgumentParser:
         "everything", help="every object", description="Segments every object, and draws all of them."
     )
     _add_photo(everything)
-    everything.add_argument("--flat", action="store_true", help="SAM's dense grid instead of the hierarchical one")
+    grid = everything.add_mutually_exclusive_group()
+    grid.add_argument("--flat", action="store_true", help="SAM's dense grid instead of the hierarchical one")
+    grid.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="adaptive",
+        help="of the hierarchical grid: adaptive prompts the fewest points, paper is TinySAM's (default: adaptive)",
+    )
+    everything.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="what runs the model; auto is OpenVINO on a CPU, which takes a while at first for a new model, and torch "
+        "on a GPU (default: auto)",
+    )
     everything.add_argument(
         "--points-per-side", type=int, default=32, metavar="N", help="points along each side of the grid (default: 32)"
     )

@@ -89,23 +89,25 @@ def segment(arguments: argparse.Namespace) -> None:
 
 def everything(arguments: argparse.Namespace) -> None:
     """Segments every object, and draws all of them."""
-    from tinysam import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator
+    from tinysam import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator, with_engine
 
     out = _output_path(arguments, "everything")
     pixels = _read_photo(arguments.photo)
-    model = _load(arguments.model, arguments.device)
-    kind = SamAutomaticMaskGenerator if arguments.flat else SamHierarchicalMaskGenerator
+    model = with_engine(_load(arguments.model, arguments.device), arguments.engine)
     min_iou, min_stability = SHIPPED_THRESHOLDS if arguments.model in SHIPPED else THRESHOLDS
     min_iou = min_iou if arguments.pred_iou_thresh is None else arguments.pred_iou_thresh
     min_stability = min_stability if arguments.stability_score_thresh is None else arguments.stability_score_thresh
+    options: dict[str, Any] = {
+        "points_per_side": arguments.points_per_side,
+        "pred_iou_thresh": min_iou,
+        "stability_score_thresh": min_stability,
+        "output_mode": "coco_rle",
+    }
     try:
-        generator = kind(
-            model,
-            points_per_side=arguments.points_per_side,
-            pred_iou_thresh=min_iou,
-            stability_score_thresh=min_stability,
-            output_mode="coco_rle",
-        )
+        if arguments.flat:
+            generator = SamAutomaticMaskGenerator(model, **options)
+        else:
+            generator = SamHierarchicalMaskGenerator(model, preset=arguments.preset, **options)
     except ValueError as error:
         raise UsageError(str(error)) from error
     records = generator.generate(pixels)
@@ -218,6 +220,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     # Only a module that is loaded can have raised; loading torch to find out would take seconds.
     for module, name in (
         ("tinysam.modeling.checkpoint", "CheckpointError"),
+        ("tinysam.runtime.engine", "EngineError"),
         ("tinysam.report.page", "ReportError"),
         ("tinysam.export.labels", "ExportError"),
     ):

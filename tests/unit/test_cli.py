@@ -6,15 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 from segment_anything.modeling import Sam
 
-from tinysam import SamPredictor, save_checkpoint
-from tinysam.cli import EXIT_ERROR, EXIT_OK, EXIT_USAGE, main
+from tinysam import SamAutomaticMaskGenerator, SamPredictor, save_checkpoint
+from tinysam.cli import ENGINES, EXIT_ERROR, EXIT_OK, EXIT_USAGE, PRESETS, main
+from tinysam.everything.config import Preset
 from tinysam.lake.rle import decode_rle
+from tinysam.runtime.choice import EngineChoice
 from tinysam.synthetic import scene
 
 
@@ -68,6 +71,7 @@ def test_help_names_what_there_is(command: list[str], capsys: pytest.CaptureFixt
         (["segment", "PHOTO", "--point", "1,2", "--out", "PHOTO"], "is the photo itself"),
         (["segment", "PHOTO", "--point", "1,2", "--mask", "mask.txt"], "pictures are written as"),
         (["everything", "PHOTO", "--out", "overlay"], "pictures are written as"),
+        (["everything", "PHOTO", "--flat", "--preset", "paper"], "not allowed with argument --flat"),
         (["weights", "sam_vit_x"], "'sam_vit_x' is not one of sam_vit_h,"),
         (["report", "labels", "--images", "-1"], "images must lie in"),
     ],
@@ -165,6 +169,40 @@ def test_everything_writes_a_picture_and_sa1bs_json(
         assert decode_rle(annotation["segmentation"]).sum() == annotation["area"]
     assert Image.open("all.jpg").size == (96, 72)
     assert f"{len(written['annotations'])} mask" in capsys.readouterr().out
+
+
+def test_choices_are_those_of_the_library() -> None:
+    assert get_args(EngineChoice) == ENGINES
+    assert get_args(Preset) == PRESETS
+
+
+@pytest.mark.parametrize(("engine", "graphs"), [("torch", 0), ("openvino", 1)])
+def test_everything_runs_on_the_engine_asked_for(
+    engine: str, graphs: int, photo: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = photo.parent / "home"
+    monkeypatch.setenv("TINYSAM_HOME", str(home))
+    arguments = ["everything", str(photo), "--model", checkpoint, "--points-per-side", "2", "--device", "cpu"]
+    assert main([*arguments, "--engine", engine]) == EXIT_OK
+    assert len(list(home.glob("graphs/*.onnx"))) == graphs
+
+
+@pytest.mark.parametrize(("preset", "rounds"), [("paper", 2), ("adaptive", 5)])
+def test_everything_prompts_by_the_preset(
+    preset: str, rounds: int, photo: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    prompt = SamAutomaticMaskGenerator._prompt
+
+    def note(self: Any, scene: Any, points: np.ndarray, **options: Any) -> Any:
+        calls.append(len(points))
+        return prompt(self, scene, points, **options)
+
+    monkeypatch.setattr(SamAutomaticMaskGenerator, "_prompt", note)
+    arguments = ["everything", str(photo), "--model", checkpoint, "--points-per-side", "4", "--engine", "torch"]
+    assert main([*arguments, "--preset", preset, "--device", "cpu"]) == EXIT_OK
+    assert len(calls) == rounds
+    assert calls[0] == 1
 
 
 def test_weights_lists_what_there_is(
