@@ -8,7 +8,7 @@ import pytest
 import torch
 from segment_anything.modeling import Sam
 
-from tinysam import SamAutomaticMaskGenerator
+from tinysam import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator
 from tinysam.quant.folder import with_encoder
 from tinysam.runtime import EngineError, choice
 from tinysam.runtime.choice import EngineChoice, decoder_engine_name, engine_name, with_engine
@@ -95,6 +95,20 @@ def test_everything_mode_finds_the_same_masks_on_an_engine(tiny_sam: Sam, graphs
     for one, other in zip(found, expected, strict=True):
         union = (one["segmentation"] | other["segmentation"]).sum()
         assert (one["segmentation"] & other["segmentation"]).sum() >= 0.99 * union
+
+
+@pytest.mark.parametrize("generator", [SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator])
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (17, 31), (64, 64)])
+def test_tiny_elongated_and_constant_images_are_segmented_on_an_engine(
+    tiny_sam: Sam, graphs: Path, generator: type[SamAutomaticMaskGenerator], size: tuple[int, int]
+) -> None:
+    options = {"points_per_side": 10, "pred_iou_thresh": -10.0, "stability_score_thresh": 0.0}  # enough for engines
+    image = np.full((*size, 3), 128, np.uint8)
+    found = generator(with_engine(tiny_sam, graphs=graphs), **options).generate(image)
+    assert len(found) == len(generator(tiny_sam, **options).generate(image)) > 0
+    assert all(record["segmentation"].shape == size for record in found)
+    nothing = generator(with_engine(tiny_sam, graphs=graphs), **options | {"pred_iou_thresh": 100.0})
+    assert nothing.generate(image) == []
 
 
 def test_damaged_weights_are_reported(tiny_sam: Sam, graphs: Path) -> None:
