@@ -187,7 +187,7 @@ def test_everything_runs_on_the_engine_asked_for(
     assert len(list(home.glob("graphs/*.onnx"))) == graphs
 
 
-@pytest.mark.parametrize(("preset", "rounds"), [("paper", 2), ("adaptive", 5)])
+@pytest.mark.parametrize(("preset", "rounds"), [("paper", 2), ("adaptive", 6)])
 def test_everything_prompts_by_the_preset(
     preset: str, rounds: int, photo: Path, checkpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,8 +111,9 @@ class Schedule:
     round adds any. Otherwise they prompt their own grid's, in addition to the dense one's."""
 
     iou_margin: float
-    """After the first round, points are left out that are expected to give no mask: of the prompted points most alike
-    in the image embedding, none was predicted an IoU within this of pred_iou_thresh. inf leaves none out."""
+    """Once enough points have been prompted, others are left out that are expected to give no mask: of the prompted
+    ones most alike in the image embedding, none was predicted an IoU within this of pred_iou_thresh. inf leaves none
+    out."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -127,8 +128,8 @@ class Schedule:
 
 Preset = Literal["adaptive", "paper"]
 PRESETS: dict[Preset, Schedule] = {
-    # Our choice, by benchmarks/rounds.py; the README has its table.
-    "adaptive": Schedule(rounds=5, coarse_ratio=4, high_score_thresh=12.0, nested=True, iou_margin=0.1),
+    # Our choice: grids of 6, 8, 11, 16 and 23 a side, then what is left of the dense one.
+    "adaptive": Schedule(rounds=6, coarse_ratio=5.66, high_score_thresh=12.0, nested=True, iou_margin=0.1),
     # TinySAM, arXiv 2312.13789, section 3.3: a grid of 8 by 8, then what is left of one of 32 by 32.
     "paper": Schedule(rounds=2, coarse_ratio=4, high_score_thresh=8.5, nested=False, iou_margin=math.inf),
 }

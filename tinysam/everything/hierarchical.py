@@ -15,7 +15,7 @@ from tinysam.everything.config import HierarchicalConfig, OutputMode, Precision,
 from tinysam.everything.decoding import embedding_at
 from tinysam.everything.generator import SamAutomaticMaskGenerator, Scene
 from tinysam.everything.grids import nested_grids, pixels_of, round_grids
-from tinysam.everything.promise import expected_iou
+from tinysam.everything.promise import ENOUGH, expected_iou
 
 
 class SamHierarchicalMaskGenerator(SamAutomaticMaskGenerator):
@@ -99,7 +99,7 @@ class SamHierarchicalMaskGenerator(SamAutomaticMaskGenerator):
         found = []
         for current in range(len(rounds)):
             now, later = (np.flatnonzero(of & ~covered) for of in (number == current, number > current))
-            if len(prompted) and schedule.iou_margin < math.inf:
+            if len(prompted) >= ENOUGH and schedule.iou_margin < math.inf:
                 expected = expected_iou(features[now], features[prompted], best_iou)
                 now = now[(expected > self._min_iou - schedule.iou_margin).cpu().numpy()]
             answers = self._prompt(scene, points[now], probed=pixels_of(points[later], size))

@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 NEIGHBOURS = 4
+"""Prompted points that are asked about another one."""
+
+ENOUGH = 36
+"""Points to prompt before their answers count: after fewer, whatever is unlike all of them is missed for good."""
 
 
 def expected_iou(asked: Tensor, prompted: Tensor, best_iou: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from segment_anything.utils.amg import build_point_grid, calculate_stability_sco
 from tinysam import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator
 from tinysam.everything import HierarchicalConfig
 from tinysam.everything.config import PRESETS
+from tinysam.everything.promise import ENOUGH
 
 OPTIONS = {"points_per_side": 8, "pred_iou_thresh": 0.75, "stability_score_thresh": 0.6}
 PAPER = OPTIONS | {"preset": "paper"}
@@ -211,8 +212,9 @@ def prompted(sam: Sam, image: np.ndarray, left_iou: float, **options: Any) -> np
 
 def test_points_like_those_that_gave_no_mask_are_left_out(blob_sam: Sam) -> None:
     image = np.zeros((90, 90, 3), np.uint8)
-    options: dict[str, Any] = {"points_per_side": 16, "pred_iou_thresh": 0.75, "high_score_thresh": np.inf}
-    dense, coarse = 16 * 16, 4 * 4
+    options: dict[str, Any] = {"points_per_side": 24, "pred_iou_thresh": 0.75, "high_score_thresh": np.inf}
+    options |= {"rounds": 3, "coarse_ratio": 4}
+    dense, coarse = 24 * 24, ENOUGH
     poor = prompted(blob_sam, image, left_iou=0.6, **options)
     assert len(poor) == dense / 2 + coarse / 2
     assert (poor[:, 0] < 0.5).sum() == coarse / 2
@@ -221,6 +223,8 @@ def test_points_like_those_that_gave_no_mask_are_left_out(blob_sam: Sam) -> None
     assert len(prompted(blob_sam, image, left_iou=0.7, **options)) == dense
     assert len(prompted(blob_sam, image, left_iou=0.6, **options, iou_margin=np.inf)) == dense
     assert len(prompted(blob_sam, image, left_iou=-5.0, **options | {"pred_iou_thresh": 0.0})) == dense
+    # A few points are no ground to leave others out.
+    assert len(prompted(blob_sam, image, left_iou=-5.0, **options | {"points_per_side": 6})) == 6 * 6
 
 
 def test_config_carries_every_option(blob_sam: Sam, photograph: np.ndarray) -> None:
