@@ -26,10 +26,14 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.results import write_results
+from tinysam.everything.config import PRECISIONS, PRESETS
 from tinysam.runtime.choice import EngineChoice
 
 REFERENCE = "segment-anything"
-VARIANTS = (REFERENCE, "flat float32", "flat bfloat16", "hierarchical float32", "hierarchical bfloat16")
+VARIANTS = (
+    REFERENCE,
+    *(f"{grid} {precision}" for grid in ("flat", *PRESETS) for precision in PRECISIONS),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,8 @@ class EverythingBenchmark:
     """Of the flat grid and of the hierarchical mode's second round."""
 
     variants: tuple[str, ...] = VARIANTS
-    """What to run; the first is what the others are compared with."""
+    """What to run: segment-anything, or a grid (flat, or a preset of the hierarchical mode) and a precision. The first
+    is what the others are compared with."""
 
     repeats: int = 3
     """Measurements of each variant and photograph."""
@@ -161,9 +166,11 @@ def build(sam: Any, variant: str, options: dict[str, Any]) -> tuple[Any, dict[st
         time_module(sam.image_encoder, "encode", seconds)
         time_module(sam.mask_decoder, "decode", seconds)
         return segment_anything.SamAutomaticMaskGenerator(sam, **options), seconds
-    kind, precision = variant.split()
-    cls = {"flat": SamAutomaticMaskGenerator, "hierarchical": SamHierarchicalMaskGenerator}[kind]
-    generator = cls(sam, **options, precision=precision)
+    grid, precision = variant.split()
+    if grid == "flat":
+        generator = SamAutomaticMaskGenerator(sam, **options, precision=precision)
+    else:
+        generator = SamHierarchicalMaskGenerator(sam, **options, precision=precision, preset=grid)
     return generator, generator.seconds
 
 
