@@ -11,6 +11,7 @@ machine is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -123,6 +124,8 @@ def masks(sam: Sam, sample: Sample, embedding: torch.Tensor) -> dict[str, torch.
 def measure(config: CodecBenchmark) -> list[dict[str, Any]]:
     """One row a codec."""
     cache = open_cache(config.cache)
+    if cache.embedding_shape is None:
+        raise SystemExit(f"{config.cache[0]} was made with --teacher none: it names nobody whose embeddings these were")
     sam = load(cache.teacher).to(config.device).eval()
     blobs: dict[str, list[bytes]] = {name: [] for name in CODECS}
     figures: dict[str, dict[str, list[float]]] = {name: {} for name in CODECS}
@@ -147,7 +150,7 @@ def measure(config: CodecBenchmark) -> list[dict[str, Any]]:
     return [
         {
             "codec": name,
-            "bytes": column_bytes(blobs[name]),
+            "bytes_per_value": column_bytes(blobs[name]) / math.prod(cache.embedding_shape),
             **{key: float(np.mean(values)) for key, values in figures[name].items()},
             "prompts": len(figures[name]["box_iou"]),
         }
@@ -156,7 +159,7 @@ def measure(config: CodecBenchmark) -> list[dict[str, Any]]:
 
 
 def column_bytes(blobs: Sequence[bytes]) -> float:
-    """What an embedding takes in a shard, compressed as there."""
+    """What each of some embeddings takes in a shard, compressed as there."""
     return len(serialize(pa.table({"embedding": pa.array(blobs, pa.binary())}), {})) / len(blobs)
 
 
