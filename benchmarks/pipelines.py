@@ -258,7 +258,12 @@ def ray_with(cpus: int) -> Iterator[None]:
     """A Ray on this machine that believes in so many CPUs."""
     environment = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
     ray.init(
-        num_cpus=cpus, include_dashboard=False, logging_level="error", log_to_driver=False, runtime_env=environment
+        "local",  # and not one that runs here already
+        num_cpus=cpus,
+        include_dashboard=False,
+        logging_level="error",
+        log_to_driver=False,
+        runtime_env=environment,
     )
     quiet_ray()
     try:

@@ -34,7 +34,6 @@ from tinysam.lake.annotations import MAX_MASKS, MIN_AREA, read_annotations, to_t
 from tinysam.lake.codecs import Codec, encode_embedding
 from tinysam.lake.fingerprint import fingerprint
 from tinysam.lake.images import ImageError, decode_image, encode_jpeg
-from tinysam.lake.index import read_image_bytes
 from tinysam.predictor import ResizeLongestSide
 
 NO_TEACHER = "none"
@@ -171,10 +170,8 @@ class CacheTeacherWorker(ShardWorker):
         """The output row but for its embedding, and the input frame, (h, w, 3) uint8, as its JPEG decodes."""
         out: dict[str, Any] = {"image_id": row["image_id"], "uri": row["uri"], "status": schema.OK}
         try:
-            with self.clock.stage("read"):
-                data = read_image_bytes(row)
+            original = self.read_pixels(row)
             with self.clock.stage("decode"):
-                original = decode_image(data)
                 out["height"], out["width"] = original.shape[:2]
                 pixels = self._resize.apply_image(original)
                 out["input_height"], out["input_width"] = pixels.shape[:2]

@@ -9,7 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,6 +25,8 @@ from pipelines.common.preemption import NoticeBoard, NoticeWatch
 from pipelines.common.timing import StageClock
 from tinysam.lake import schema
 from tinysam.lake.filesystem import LakeError, MissingError, join, redact_url
+from tinysam.lake.images import decode_image
+from tinysam.lake.index import read_image_bytes
 from tinysam.lake.patience import patiently
 from tinysam.lake.plan import IndexReader
 from tinysam.lake.shards import (
@@ -92,6 +94,18 @@ class ShardWorker(ABC):
         one (:mod:`pipelines.common.isolation`), so that only those at fault are lost; a ``LakeError`` is the storage's
         fault and fails the shard.
         """
+
+    def read_pixels(self, row: Mapping[str, Any]) -> np.ndarray:
+        """The image of an index row, (H, W, 3) uint8 RGB; its time counts as ``read`` and ``decode``.
+
+        Raises:
+            ImageError: if it cannot be decoded.
+            LakeError: if the storage fails.
+        """
+        with self.clock.stage("read"):
+            data = read_image_bytes(row)
+        with self.clock.stage("decode"):
+            return decode_image(data)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from pipelines.common.shard_job import ShardJob
 from tests.unit.scripts.test_simulate_cluster import simulator
 from tinysam.lake.plan import write_plan
 
-SECONDS_PER_IMAGE, IMAGES_PER_SHARD, SHARDS, WORKERS = 0.25, 4, 20, 2
+SECONDS_PER_IMAGE, IMAGES_PER_SHARD, SHARDS, WORKERS = 1.0, 4, 20, 2
 
 
 @pytest.mark.usefixtures("ray_address")
