@@ -120,7 +120,7 @@ TABLES: dict[str, Columns] = {
         "SA-1B, TB": number("bytes_per_value", ".1f", SA1B_IMAGES * SAM_EMBEDDING / 1e12),
         "relative error": number("relative_error", ".2%"),
         "box: IoU with the exact mask": number("box_iou_with_exact", ".4f"),
-        "with the truth": number("box_iou", ".4f"),
+        "box: with the truth": number("box_iou", ".4f"),
         "click: with the exact mask": number("click_iou_with_exact", ".4f"),
         "click: with the truth": number("click_iou", ".4f"),
     },

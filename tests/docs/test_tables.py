@@ -102,9 +102,9 @@ def test_the_ablations_table_has_its_gains_and_the_teacher() -> None:
     found = rendered("distillation", [*rows, {"recipe": "teacher", **distillation.as_row(teacher)}])
     times = len(distillation.SCORES)
     assert found == [
-        "| ground truth only" + " | 51.00 |  | " * times + "|",
+        "| ground truth only" + " | 51.00 |  | " * times + " |",
         "| + output" + " | 56.00 | +5.00 ± 12.71 | 50%" * times + " |",
-        "| teacher" + " | 61.00 |  | " * times + "|",
+        "| teacher" + " | 61.00 |  | " * times + " |",
     ]
 
 
