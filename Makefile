@@ -28,6 +28,7 @@ lint: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.tables
 
 # torch pins its CUDA packages itself; a lock without them serves TORCH_BACKEND=cpu as well.
 lock: .venv/.installed

@@ -1,17 +1,17 @@
 """Every benchmark, one after the other: what ``make bench`` runs.
 
-    python -m benchmarks --photographs a.jpg b.jpg --lake images --only everything rounds
+    python -m benchmarks --photographs a.jpg b.jpg --only everything rounds
 
-Results are JSON files in ``benchmarks/results``, with the machine and the versions beside them in ``machine.json``.
-Without photographs and a lake, a photograph of scikit-image and synthetic scenes are used. Run it on an idle machine.
+Each leaves a JSON file in ``benchmarks/results``, with its command, the machine and the versions, of which
+``python -m benchmarks.tables`` makes the tables of the pages. Without photographs and a lake, a photograph of
+scikit-image and synthetic scenes in ``benchmarks/data`` are used. The ablation of the recipe takes hours and has no
+such default: it is run where ``--cache`` and ``--validation-cache`` are given. Run all of it on an idle machine.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,14 +20,23 @@ import tyro
 from rich.console import Console
 
 from pipelines.common.demo_lake import photographs
-from tinysam.lake.run_record import describe_machine, package_versions
 from tinysam.synthetic.write import SceneSet, iter_write
 
 ROOT = Path(__file__).resolve().parents[1]
 Name = Literal[
-    "everything", "rounds", "predictor", "quantization", "planning", "driving", "cache_teacher", "label_images"
+    "predictor",
+    "everything",
+    "rounds",
+    "quantization",
+    "codecs",
+    "planning",
+    "driving",
+    "cache_teacher",
+    "label_images",
+    "training",
+    "distillation",
 ]
-SCENES = 20
+SCENES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,49 +47,89 @@ class Benchmarks:
     """What everything mode is timed on. Large ones show more: work at the original resolution grows with them."""
     lake: str | None = None
     """Images with ground truth in SA-1B's layout, on which quality is measured."""
-    only: tuple[Name, ...] = get_args(Name)
-    """Which benchmarks to run."""
+    cache: tuple[str, ...] = ()
+    """Outputs of pipelines/cache_teacher.py, for the codecs and the ablation."""
+    validation_cache: tuple[str, ...] = ()
+    """The same of other images, for the ablation."""
+    only: tuple[Name, ...] = ()
+    """Which benchmarks to run; all if left out."""
     output: Path = ROOT / "benchmarks" / "results"
     """Folder of the results."""
 
+    def __post_init__(self) -> None:
+        if "distillation" in self.only and not (self.cache and self.validation_cache):
+            raise ValueError("distillation needs --cache and --validation-cache")
 
-def commands(config: Benchmarks, lake: str) -> dict[Name, list[str]]:
-    """The module of each benchmark and its arguments, as the README's tables have them."""
+    @property
+    def chosen(self) -> tuple[Name, ...]:
+        """In the order of ``Name``."""
+        wanted = self.only or get_args(Name)
+        ready = bool(self.cache and self.validation_cache)
+        return tuple(name for name in get_args(Name) if name in wanted and (ready or name != "distillation"))
+
+
+def commands(config: Benchmarks, lake: str, cache: tuple[str, ...]) -> dict[Name, list[str]]:
+    """The module of each benchmark and its arguments, as the tables show them."""
     chosen = config.photographs or tuple(path for path in photographs() if path.name == "astronaut.png")
-    on_photographs = ["--photographs", *map(str, chosen)]
     return {
-        # Random weights of TinySAM's own shape cost what trained ones do, once their masks look like masks.
-        "everything": ["everything", *on_photographs, "--checkpoint", "vit_t"],
-        "rounds": ["rounds", "--lake", lake, "--images", str(SCENES)],
         "predictor": ["predictor", "--checkpoint", "vit_t"],
+        # Random weights of TinySAM's own shape cost what trained ones do, once their masks look like masks.
+        "everything": [
+            *("everything", "--photographs", *map(shown, chosen), "--checkpoint", "vit_t"),
+            *("--points-per-side", "24", "--repeats", "1"),
+        ],
+        "rounds": ["rounds", "--lake", lake, "--images", str(SCENES)],
         "quantization": ["quantization", "--checkpoint", "vit_t"],
+        "codecs": ["codecs", "--cache", *cache, "--images", str(SCENES)],
         "planning": ["pipelines", "planning"],
         "driving": ["pipelines", "driving"],
-        "cache_teacher": ["pipelines", "loop", "--job", "cache_teacher"],
-        "label_images": ["pipelines", "loop", "--job", "label_images"],
+        "cache_teacher": ["pipelines", "loop", "--job", "cache_teacher", "--images", "100"],
+        "label_images": ["pipelines", "loop", "--job", "label_images", "--images", "40", "--images-per-shard", "4"],
+        "training": ["training", "--repeats", "1"],
+        "distillation": [
+            *("distillation", "--cache", *config.cache, "--validation-cache", *config.validation_cache),
+            *("--runs", "benchmarks/data/ablation"),
+        ],
     }
+
+
+def shown(path: Path) -> str:
+    """A path as a reader of the tables can use it."""
+    path = path.absolute()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def scenes() -> str:
+    """Synthetic scenes to measure on, made once; returns their folder."""
+    folder = ROOT / "benchmarks" / "data" / "scenes"
+    for _ in iter_write(SceneSet(output=str(folder), count=SCENES, seed=1)):
+        pass
+    return shown(folder)
+
+
+def cache_of(lake: str) -> str:
+    """The shipped teacher's embeddings of a lake, made once; returns their folder."""
+    folder = shown(ROOT / "benchmarks" / "data" / "cache")
+    flags = ["--lake", lake, "--output", folder, "--teacher", "demo_teacher", "--num-workers", "1"]
+    subprocess.run([sys.executable, "pipelines/cache_teacher.py", *flags], cwd=ROOT, check=True)
+    return folder
 
 
 def main() -> int:
     """Runs the benchmarks; returns the first exit code that is not 0."""
     config = tyro.cli(Benchmarks, description=__doc__)
     console = Console()
-    config.output.mkdir(parents=True, exist_ok=True)
-    machine = {"machine": describe_machine(), "versions": package_versions()}
-    (config.output / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
-    with tempfile.TemporaryDirectory() as scenes:
-        if config.lake is None:
-            for _ in iter_write(SceneSet(output=scenes, count=SCENES, seed=1)):
-                pass
-        arguments = commands(config, config.lake or scenes)
-        for name in config.only:
-            console.rule(f"[bold]{name}[/]", align="left")
-            output = ["--output", str(config.output / f"{name}.json")]
-            module, *rest = arguments[name]
-            command = [sys.executable, "-m", f"benchmarks.{module}", *rest, *output]
-            code = subprocess.run(command, cwd=ROOT, check=False).returncode
-            if code:
-                return code
+    lake = config.lake or scenes()
+    cache = config.cache or ((cache_of(scenes()),) if "codecs" in config.chosen else ())
+    arguments = commands(config, lake, cache)
+    for name in config.chosen:
+        console.rule(f"[bold]{name}[/]", align="left")
+        module, *rest = arguments[name]
+        output = ["--output", str(config.output.absolute() / f"{name}.json")]
+        command = [sys.executable, "-m", f"benchmarks.{module}", *rest, *output]
+        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        if code:
+            return code
     return 0
 
 

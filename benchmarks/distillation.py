@@ -1,6 +1,6 @@
 """The paper's ablation at a small scale: what each part of the recipe is worth.
 
-    python -m benchmarks.distillation --cache cache/train --validation-cache cache/val --output ablation
+    python -m benchmarks.distillation --cache cache/train --validation-cache cache/val --runs ablation
 
 Each row adds one part to the row above. Rows and seeds are runs of pipelines/distill.py; one that is finished is not
 run again, so that an interrupted ablation goes on. Seeds are paired: a gain is the mean over seeds of the difference
@@ -10,7 +10,6 @@ images of the validation caches, for boxes, one click, and three clicks of which
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy import stats
 
+from benchmarks.results import write_results
 from pipelines import distill
 from tinysam import load
 from tinysam.distill.cache import open_cache
@@ -41,8 +41,8 @@ class DistillationBenchmark:
     """Caches of the teacher's embeddings to train on."""
     validation_cache: tuple[str, ...]
     """Caches to measure on."""
-    output: str
-    """Folder of the runs, and of ablation.json."""
+    runs: str
+    """Folder of the runs."""
     repeat: tuple[int, ...] = ()
     """How often an epoch goes through each cache; empty: once."""
     student: str = "demo_student"
@@ -71,6 +71,8 @@ class DistillationBenchmark:
     """Measured of each validation cache."""
     limit: int | None = None
     """Only as many shards as hold this many training images."""
+    output: Path | None = None
+    """JSON file for the results."""
 
     def __post_init__(self) -> None:
         if self.seeds < 2:
@@ -118,7 +120,7 @@ def _flag(key: str, value: str) -> tuple[str, ...]:
 
 def run(config: DistillationBenchmark, row: int, flags: Sequence[str], seed: int) -> str:
     """Trains one student, unless it is there already; returns its file."""
-    output = join(config.output, f"row-{row}", f"seed-{seed}")
+    output = join(config.runs, f"row-{row}", f"seed-{seed}")
     arguments = {
         "student": config.student,
         "output": output,
@@ -169,8 +171,9 @@ def main() -> None:
         scores[name] = [score(run(config, number, flags, seed), batches) for seed in range(config.seeds)]
     results = summarise(scores, teacher)
     Console(width=150).print(as_table(results, teacher))
-    described = {"config": asdict(config), "teacher": teacher, "scores": scores, "rows": results}
-    Path(config.output, "ablation.json").write_text(json.dumps(described, indent=2) + "\n")
+    if config.output is not None:
+        described = [{"recipe": name, "seeds": scores[name], **row} for name, row in results.items()]
+        write_results(config.output, config, [*described, {"recipe": "teacher", **as_row(teacher)}])
 
 
 def summarise(scores: dict[str, list[dict[str, float]]], teacher: dict[str, float]) -> dict[str, dict[str, object]]:
@@ -190,6 +193,12 @@ def summarise(scores: dict[str, list[dict[str, float]]], teacher: dict[str, floa
                 "gap_closed": float((values - first).mean() / (teacher[key] - first.mean())) if place else None,
             }
     return found
+
+
+def as_row(scores: dict[str, float]) -> dict[str, dict[str, object]]:
+    """Scores of one model in the form of ``summarise``."""
+    exactly = {key: asdict(Estimate(mean=scores[key], half_width=0.0)) for key in SCORES}
+    return {key: {"score": score, "gain": None, "gap_closed": None} for key, score in exactly.items()}
 
 
 def as_table(results: dict[str, dict[str, object]], teacher: dict[str, float]) -> Table:

@@ -7,18 +7,19 @@
 ``planning`` cuts, writes and reads back the plan of an index that is made up, and reports seconds and the peak of the
 process's memory. ``driving`` runs a job whose images take a known time, so that whatever is missing to
 ``workers / seconds per image`` is the job's own doing; the workers are Ray's, on as many logical CPUs as are asked for.
-``loop`` runs a real job with one worker, and the same worker over the same images in a plain loop. Rates of jobs count
-from the first shard to the last; the time until the first is reported apart. Run it on an idle machine.
+``loop`` runs a real job with one worker, and the same worker over the same images in a plain loop. A worker's rate
+counts from its first shard to its last; the time until the job's first is reported apart. Run it on an idle machine.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray
 import tyro
 from rich.console import Console
@@ -38,7 +40,7 @@ from benchmarks.results import write_results
 from pipelines import cache_teacher, label_images
 from pipelines.cache_teacher import CacheTeacherConfig
 from pipelines.common.job_config import ShardJobConfig
-from pipelines.common.ray_setup import ROOT
+from pipelines.common.ray_setup import ROOT, quiet_ray
 from pipelines.common.shard_job import ShardJob
 from pipelines.common.shard_worker import Placement, ShardWorker
 from pipelines.label_images import LabelImagesConfig
@@ -113,9 +115,11 @@ class SleepingWorker(ShardWorker):
         self._seconds = seconds_per_image
 
     def process(self, rows: pa.Table) -> pa.Table:
-        """No masks, late."""
-        time.sleep(self._seconds * rows.num_rows)
-        done = [{"image_id": name, "uri": "", "status": schema.OK} for name in rows["image_id"].to_pylist()]
+        """No masks, late, and this process in the place of the image's URI."""
+        with self.clock.stage("sleep"):
+            time.sleep(self._seconds * rows.num_rows)
+        worker = str(os.getpid())
+        done = [{"image_id": name, "uri": worker, "status": schema.OK} for name in rows["image_id"].to_pylist()]
         return pa.Table.from_pylist(done, schema=self.schema)
 
 
@@ -183,7 +187,7 @@ def measure_driving(config: Driving) -> list[dict[str, Any]]:
                 make_worker=partial(this_module.SleepingWorker, config.seconds_per_image),
                 identity={},
             )
-            rate = run_timed(job, Path(output), workers * config.images_per_shard)
+            rate = run_timed(job, Path(output), lambda rows: rows["uri"][0].as_py())
         possible = workers / config.seconds_per_image
         rows.append({"workers": workers, "possible": possible, **rate, "efficiency": rate["images/s"] / possible})
     return rows
@@ -196,7 +200,7 @@ def measure_loop(config: Loop) -> list[dict[str, Any]]:
             pass
         output = Path(folder, "output")
         job = make_job(config, f"{folder}/lake", str(output))
-        rate = run_timed(job, output, config.images_per_shard)
+        rate = run_timed(job, output, lambda rows: "the only one")
         plan = read_plan(str(output))
         worker = job.make_worker(Placement(device=config.device, num_cpus=1))
         worker.process(plan[0].rows)
@@ -223,22 +227,30 @@ def make_job(config: Loop, lake: str, output: str) -> ShardJob:
     return label_images.job(LabelImagesConfig(student="demo_student", **common))
 
 
-def run_timed(job: ShardJob, output: Path, images_at_first: int) -> dict[str, float]:
-    """Runs a job; its rate from the first round of shards to the last shard, and the time until the first one.
+def run_timed(job: ShardJob, output: Path, worker_of: Callable[[pa.Table], str]) -> dict[str, float]:
+    """Runs a job; the sum of its workers' rates, each from its first shard to its last, and the time until the first.
+
+    Workers do not start together, so that no shorter stretch would do all of them justice.
 
     Args:
         job: With an output on the local disk.
         output: Its output.
-        images_at_first: Images of the shards that are computed at a time; they start the clock and do not count.
+        worker_of: Tells from a shard's rows which worker made it.
     """
     started = time.time()
     job.run()
-    written = sorted(path.stat().st_mtime for path in (output / "shards").iterdir())
-    plan = read_plan(str(output))
-    first_round = images_at_first // plan[0].num_rows
-    images = sum(shard.num_rows for shard in plan[first_round:])
-    seconds = written[-1] - written[first_round - 1]
-    return {"images/s": images / seconds, "to the first shard, s": written[0] - started}
+    shards: dict[str, list[tuple[float, int]]] = {}
+    for path in (output / "shards").iterdir():
+        rows = pq.read_table(path, columns=["uri"])
+        shards.setdefault(worker_of(rows), []).append((path.stat().st_mtime, rows.num_rows))
+    rates = []
+    for worker, made in shards.items():
+        (first, _), *rest = sorted(made)
+        if not rest:
+            raise SystemExit(f"worker {worker} made one shard only, which shows no rate: give more shards")
+        rates.append(sum(images for _, images in rest) / (rest[-1][0] - first))
+    first_of_all = min(time_ for made in shards.values() for time_, _ in made)
+    return {"images/s": sum(rates), "to the first shard, s": first_of_all - started}
 
 
 @contextmanager
@@ -246,8 +258,14 @@ def ray_with(cpus: int) -> Iterator[None]:
     """A Ray on this machine that believes in so many CPUs."""
     environment = {"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
     ray.init(
-        num_cpus=cpus, include_dashboard=False, logging_level="error", log_to_driver=False, runtime_env=environment
+        "local",  # and not one that runs here already
+        num_cpus=cpus,
+        include_dashboard=False,
+        logging_level="error",
+        log_to_driver=False,
+        runtime_env=environment,
     )
+    quiet_ray()
     try:
         yield
     finally:
@@ -271,7 +289,6 @@ def main() -> None:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     Console(width=max(Console().width, 110)).print(table)
     if config.output is not None:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
         write_results(config.output, config, rows)
 
 

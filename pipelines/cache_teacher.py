@@ -31,10 +31,9 @@ from pipelines.common.shard_worker import Placement, ShardWorker
 from tinysam import load
 from tinysam.lake import schema
 from tinysam.lake.annotations import MAX_MASKS, MIN_AREA, read_annotations, to_training_masks
-from tinysam.lake.codecs import encode_embedding
+from tinysam.lake.codecs import Codec, encode_embedding
 from tinysam.lake.fingerprint import fingerprint
 from tinysam.lake.images import ImageError, decode_image, encode_jpeg
-from tinysam.lake.index import read_image_bytes
 from tinysam.predictor import ResizeLongestSide
 
 NO_TEACHER = "none"
@@ -48,8 +47,8 @@ class CacheTeacherConfig(ShardJobConfig):
     """Whose embeddings: a model's name, a checkpoint (path or URL), or "none" for ground truth alone."""
     image_size: int | None = None
     """Longest side of the input frame in pixels, a multiple of 16. None: the teacher's own; "none" needs a number."""
-    codec: Literal["fp16", "int8"] = "fp16"
-    """How embeddings are stored; int8 (one scale a channel) takes half the space of fp16."""
+    codec: Codec = "fp16"
+    """How embeddings are stored: int8 (one scale a channel) takes about half the space of fp16, int6 a third."""
     batch_size: int = 8
     """Images that the teacher encodes at once; what fits depends on the GPU's memory."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -171,10 +170,8 @@ class CacheTeacherWorker(ShardWorker):
         """The output row but for its embedding, and the input frame, (h, w, 3) uint8, as its JPEG decodes."""
         out: dict[str, Any] = {"image_id": row["image_id"], "uri": row["uri"], "status": schema.OK}
         try:
-            with self.clock.stage("read"):
-                data = read_image_bytes(row)
+            original = self.read_pixels(row)
             with self.clock.stage("decode"):
-                original = decode_image(data)
                 out["height"], out["width"] = original.shape[:2]
                 pixels = self._resize.apply_image(original)
                 out["input_height"], out["input_width"] = pixels.shape[:2]

@@ -49,8 +49,8 @@ from tinysam.lake import schema
 from tinysam.lake.coco import CocoFile
 from tinysam.lake.filesystem import join, write_once
 from tinysam.lake.fingerprint import file_sha256, fingerprint
-from tinysam.lake.images import ImageError, decode_image
-from tinysam.lake.index import build_index, read_image_bytes
+from tinysam.lake.images import ImageError
+from tinysam.lake.index import build_index
 from tinysam.lake.run_record import RunRecord, read_run_record
 from tinysam.report import ReportConfig, write_report
 from tinysam.runtime.choice import EngineChoice, engine_name
@@ -185,10 +185,7 @@ class EvaluateWorker(ShardWorker):
     def _read(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | None, Objects | None]:
         out: dict[str, Any] = {"image_id": row["image_id"], "uri": row["uri"], "status": schema.OK}
         try:
-            with self.clock.stage("read"):
-                data = read_image_bytes(row)
-            with self.clock.stage("decode"):
-                pixels = decode_image(data)
+            pixels = self.read_pixels(row)
             objects = None
             if self._teacher is None:
                 with self.clock.stage("annotations"):

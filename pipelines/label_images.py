@@ -32,8 +32,7 @@ from tinysam import SamHierarchicalMaskGenerator
 from tinysam.everything import HierarchicalConfig
 from tinysam.lake import schema
 from tinysam.lake.fingerprint import fingerprint
-from tinysam.lake.images import ImageError, decode_image
-from tinysam.lake.index import read_image_bytes
+from tinysam.lake.images import ImageError
 from tinysam.runtime.choice import EngineChoice, decoder_engine_name, engine_name
 
 DEFAULT_STUDENT = "demo_student"
@@ -128,10 +127,7 @@ class LabelImagesWorker(ShardWorker):
     def _read(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
         out: dict[str, Any] = {"image_id": row["image_id"], "uri": row["uri"], "status": schema.OK}
         try:
-            with self.clock.stage("read"):
-                data = read_image_bytes(row)
-            with self.clock.stage("decode"):
-                pixels = decode_image(data)
+            pixels = self.read_pixels(row)
         except ImageError as error:
             return out | {"status": error.status, "error": str(error)}, None
         return out | {"height": pixels.shape[0], "width": pixels.shape[1]}, pixels

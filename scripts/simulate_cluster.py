@@ -5,11 +5,11 @@
 
 The second command prints the tables of cluster/SIZING.md.
 
-What is assumed: a worker computes a shard, then writes it, one after the other, as ``pipelines.common.shard_worker``
-does. The times of shards are log-normal around their mean. A straggler is a shard that takes ``straggler_factor`` times
-as long. Machines are lost independently of each other and of their age; the shard in hand is lost with them, and a new
-machine starts ``replace_seconds`` later. Two things are shared and serve one shard at a time: the driver, and the way
-to the storage, whose bandwidth is a number of bytes a second for the whole cluster.
+What is assumed: a worker computes a shard while it writes the one before, as ``pipelines.common.shard_worker`` does on
+a GPU. The times of shards are log-normal around their mean. A straggler is a shard that takes ``straggler_factor``
+times as long. Machines are lost independently of each other and of their age; the shards in hand are lost with them,
+and a new machine starts ``replace_seconds`` later. Two things are shared and serve one shard at a time: the driver, and
+the way to the storage, whose bandwidth is a number of bytes a second for the whole cluster.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 import tyro
 
-READY, COMPUTED, WRITTEN, LOST = range(4)
-"""What happens to a worker: it can begin a shard; has computed it; has written it; is gone."""
+ARRIVED, READY, BEGUN, COMPUTED, WRITTEN, LOST = range(6)
+"""What happens to a worker: its machine is there; it has its model; has begun a shard; has computed it; has written
+one; is gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class Workload:
     """Written for an image."""
     worker_megabytes_per_second: float = 100.0
     """What one worker writes a second at most."""
+    overlap: bool = True
+    """Whether a worker computes while it writes; where it runs on a CPU, it does not."""
     storage_megabytes_per_second: float = math.inf
     """What the whole cluster reads and writes a second at most."""
     driver_seconds_per_shard: float = 0.002
@@ -98,9 +101,9 @@ class Outcome:
     computing: float
     """Computing shards that were written."""
     writing: float
-    """Writing them, waiting for the storage included."""
+    """Writing and waiting for the storage, with nothing to compute meanwhile."""
     wasted: float
-    """Spent on shards that were lost with their machine."""
+    """Computing shards that were lost with their machine."""
     waiting: float
     """Waiting for the driver, and for the last shards of others."""
     missing: float
@@ -135,87 +138,92 @@ def simulate(load: Workload) -> Outcome:
     moved = sizes * (load.megabytes_in + load.megabytes_out) / load.storage_megabytes_per_second
     write = sizes * load.megabytes_out / load.worker_megabytes_per_second
 
-    def lifetime() -> float:
-        return rng.exponential(3600 / load.losses_per_hour) if load.losses_per_hour else math.inf
-
     driver, storage = Shared(), Shared()
     todo = list(range(load.shards - 1, -1, -1))  # from the end: pop() takes the first, and a lost one comes next
     events: list[tuple[float, int, int]] = []
-    death = [lifetime() for _ in range(load.workers)]
-    in_hand: list[int | None] = [None] * load.workers
-    began = [0.0] * load.workers  # the shard in hand, or the model's loading
-    computed = [0.0] * load.workers
-    idle = [False] * load.workers
+    death = [0.0] * load.workers
+    in_hand: list[int | None] = [None] * load.workers  # being computed, or computed and waiting to be written
+    computed = [False] * load.workers  # whether the shard in hand is
+    writing: list[int | None] = [None] * load.workers
+    doing = ["loading"] * load.workers
+    since = [0.0] * load.workers
     spent = dict.fromkeys(("loading", "computing", "writing", "wasted", "waiting", "missing"), 0.0)
     written, losses, end = 0, 0, 0.0
 
     def schedule(worker: int, time: float, kind: int) -> None:
-        heapq.heappush(events, (time, worker, kind) if time <= death[worker] else (death[worker], worker, LOST))
+        if time <= death[worker]:  # a machine that is gone by then does nothing more
+            heapq.heappush(events, (time, worker, kind))
+
+    def begin_life(worker: int, now: float) -> None:
+        lifetime = rng.exponential(3600 / load.losses_per_hour) if load.losses_per_hour else math.inf
+        death[worker] = now + lifetime
+        if lifetime < math.inf:
+            schedule(worker, death[worker], LOST)
+        schedule(worker, now + load.load_seconds, READY)
+
+    def turn_to(worker: int, now: float, activity: str) -> None:
+        spent[doing[worker]] += now - since[worker]
+        doing[worker], since[worker] = activity, now
 
     def begin(worker: int, now: float) -> None:
         """Takes the next shard, or waits for one to come back."""
-        idle[worker] = not todo
-        began[worker] = now
-        if not todo:
-            if death[worker] < math.inf:
-                heapq.heappush(events, (death[worker], worker, LOST))
-            return
-        in_hand[worker] = shard = todo.pop()
-        began[worker] = driver.serve(now, load.driver_seconds_per_shard)
-        spent["waiting"] += began[worker] - now
-        schedule(worker, began[worker] + compute[shard], COMPUTED)
+        if todo:
+            in_hand[worker] = todo.pop()
+            turn_to(worker, now, "waiting")
+            schedule(worker, driver.serve(now, load.driver_seconds_per_shard), BEGUN)
+        else:
+            turn_to(worker, now, "waiting" if writing[worker] is None else "writing")
+
+    def begin_to_write(worker: int, now: float) -> None:
+        shard = in_hand[worker]
+        assert shard is not None
+        in_hand[worker], computed[worker], writing[worker] = None, False, shard
+        schedule(worker, max(now + write[shard], storage.serve(now, moved[shard])), WRITTEN)
+        if load.overlap:
+            begin(worker, now)
 
     for worker in range(load.workers):
-        schedule(worker, load.load_seconds, READY)
+        begin_life(worker, 0.0)
     while written < load.shards:
         now, worker, kind = heapq.heappop(events)
-        if kind == LOST and now != death[worker]:
-            continue  # of a wait that ended earlier
         shard = in_hand[worker]
-        if kind == READY:
-            spent["loading"] += load.load_seconds
+        if kind == ARRIVED:
+            turn_to(worker, now, "loading")
+            begin_life(worker, now)
+        elif kind == READY:
             begin(worker, now)
+        elif kind == BEGUN:
+            assert shard is not None
+            turn_to(worker, now, "computing")
+            schedule(worker, now + compute[shard], COMPUTED)
         elif kind == COMPUTED:
-            assert shard is not None
-            computed[worker] = now
-            schedule(worker, max(now + write[shard], storage.serve(now, moved[shard])), WRITTEN)
+            turn_to(worker, now, "writing")
+            computed[worker] = True
+            if writing[worker] is None:
+                begin_to_write(worker, now)
         elif kind == WRITTEN:
-            assert shard is not None
-            spent["computing"] += computed[worker] - began[worker]
-            spent["writing"] += now - computed[worker]
-            in_hand[worker] = None
             written, end = written + 1, now
-            begin(worker, now)
+            writing[worker] = None
+            if computed[worker]:
+                begin_to_write(worker, now)
+            elif shard is None:
+                begin(worker, now)
         else:
             losses += 1
-            if shard is not None:
-                todo.append(shard)
-                in_hand[worker] = None
-                # Where the machine was lost while the driver was still busy, it had not begun.
-                spent["wasted"] += max(now - began[worker], 0.0)
-                spent["waiting"] += min(now - began[worker], 0.0)
-            elif idle[worker]:
-                spent["waiting"] += now - began[worker]
-            else:
-                spent["loading"] += now - began[worker]
-            idle[worker] = False
-            began[worker] = now + load.replace_seconds
-            spent["missing"] += load.replace_seconds
-            death[worker] = began[worker] + lifetime()
-            schedule(worker, began[worker] + load.load_seconds, READY)
-            if shard is not None:
-                waiting = next((w for w in range(load.workers) if idle[w]), None)
-                if waiting is not None:
-                    spent["waiting"] += now - began[waiting]
-                    begin(waiting, now)
-    for worker in range(load.workers):  # all shards are written: every worker waits, loads or is not there yet
-        gap = end - began[worker]
-        if idle[worker]:
-            spent["waiting"] += gap
-        elif gap < 0:
-            spent["missing"] += gap
-        else:
-            spent["loading"] += gap
+            begun = compute[shard] if computed[worker] else now - since[worker] if doing[worker] == "computing" else 0.0
+            turn_to(worker, now, "missing")
+            lost = {other: seconds for other, seconds in ((shard, begun), (writing[worker], None)) if other is not None}
+            for other, seconds in lost.items():
+                todo.append(other)
+                seconds = compute[other] if seconds is None else seconds
+                spent["computing"] -= seconds
+                spent["wasted"] += seconds
+            in_hand[worker], computed[worker], writing[worker] = None, False, None
+            heapq.heappush(events, (now + load.replace_seconds, worker, ARRIVED))
+            for idle in [w for w in range(load.workers) if doing[w] == "waiting" and in_hand[w] is None][: len(lost)]:
+                begin(idle, now)
+    for worker in range(load.workers):
+        turn_to(worker, end, "waiting")
     return Outcome(seconds=end, written=written, losses=losses, **spent)
 
 
@@ -225,6 +233,7 @@ CLUSTER = {"images_per_shard": 256, "storage_megabytes_per_second": 12_500.0, "d
 JOBS = {
     "cache_teacher, SAM-H, fp16": {"seconds_per_image": 0.04, "megabytes_out": 2.2},
     "cache_teacher, SAM-H, int8": {"seconds_per_image": 0.04, "megabytes_out": 1.3},
+    "cache_teacher, SAM-H, int6": {"seconds_per_image": 0.04, "megabytes_out": 0.9},
     "label_images": {"seconds_per_image": 0.25, "megabytes_out": 0.03},
 }
 """What cluster/SIZING.md assumes, and says where each figure comes from."""

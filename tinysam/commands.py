@@ -58,7 +58,7 @@ def segment(arguments: argparse.Namespace) -> None:
     out = _output_path(arguments, "segment")
     _check_picture(arguments.mask, arguments.photo)
     pixels = _read_photo(arguments.photo)
-    _check_inside(points, pixels)
+    _check_inside(points, boxes, pixels)
 
     predictor = SamPredictor(_load(arguments.model, arguments.device))
     predictor.set_image(pixels)
@@ -229,11 +229,19 @@ def expected_errors() -> tuple[type[Exception], ...]:
     return tuple(errors)
 
 
-def _check_inside(points: Sequence[tuple[float, ...]], pixels: np.ndarray) -> None:
+def _check_inside(points: Sequence[tuple[float, ...]], boxes: Sequence[tuple[float, ...]], pixels: np.ndarray) -> None:
     height, width = pixels.shape[:2]
+    image = f"the image of {width} x {height} pixels"
     for x, y in points:
         if not (0 <= x < width and 0 <= y < height):
-            raise UsageError(f"the point {x:g},{y:g} lies outside the image of {width} x {height} pixels")
+            raise UsageError(f"the point {x:g},{y:g} lies outside {image}")
+    for x0, y0, x1, y1 in boxes:
+        box = f"the box {x0:g},{y0:g},{x1:g},{y1:g}"
+        if not (x0 < x1 and y0 < y1):
+            raise UsageError(f"{box} is empty: X0,Y0 is its upper left corner, X1,Y1 the lower right one")
+        # One that reaches over the edge is as good as any: detectors give them.
+        if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
+            raise UsageError(f"{box} lies outside {image}")
 
 
 def _output_path(arguments: argparse.Namespace, kind: str) -> str:

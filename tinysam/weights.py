@@ -157,10 +157,11 @@ def fetch(
 
     Raises:
         WeightsError: if the file cannot be had or is not the published one.
-        LakeError: if ``source`` cannot be read.
+        LakeError: if ``source`` cannot be read, or the folder cannot be made.
     """
     folder = folder or weights_folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(str(folder)):
+        folder.mkdir(parents=True, exist_ok=True)
     target = folder / file.filename
     report = progress or (lambda _what, _done, _total: None)
     if target.is_file():

@@ -2,7 +2,7 @@
 
 Exit codes of every job: 0 done; 1 stopped by an error that is explained on stderr; 2 wrong command line or
 configuration; 3 finished, but more images failed than ``--max-error-rate`` allows; 130 interrupted; 143 ended in good
-order after SIGTERM.
+order after SIGTERM or a spot machine's notice.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def run_main(main: Callable[[], int | None]) -> None:
         error_console.print("interrupted; run the same command again to go on from here")
         code = EXIT_INTERRUPTED
     except TerminatedError:
-        error_console.print("stopped by SIGTERM; run the same command again to go on from here")
+        error_console.print("stopped before the end, as asked; run the same command again to go on from here")
         code = EXIT_TERMINATED
     except (JobError, LakeError, CheckpointError) as error:
         print_error(str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipelines.common.preemption import Cloud, NoticeBoard
 from tinysam.lake.index import IndexConfig
 
 
@@ -39,6 +40,12 @@ class ShardJobConfig:
     """Where the model runs. auto: "cuda" when the cluster has a GPU now."""
     ray_address: str | None = None
     """Ray cluster to join. None: RAY_ADDRESS or the cluster that this job was submitted to, else this machine."""
+
+    preemption_notice: Cloud | None = None
+    """Look every few seconds, on each machine, whether this cloud is about to take it away. A worker then begins no
+    more shards; on the driver's machine, the job ends in good order as after SIGTERM. None: do not look."""
+    metadata_url: str | None = None
+    """Where --preemption-notice looks. None: the address that the cloud gives its metadata service."""
 
     max_error_rate: float = 0.05
     """Exit with code 3 when a larger part of the images has a status other than ok. Real lakes hold a few broken
@@ -75,6 +82,14 @@ class ShardJobConfig:
             raise ValueError("--overwrite begins anew, and leaves nothing for --update or --retry-failed")
         if not 0 <= self.max_error_rate <= 1:
             raise ValueError("--max-error-rate must be between 0 and 1")
+        if self.metadata_url is not None and self.preemption_notice is None:
+            raise ValueError("--metadata-url says where --preemption-notice looks; give that as well")
+
+    def notice_board(self) -> NoticeBoard | None:
+        """Where every machine of the job looks for its notice."""
+        if self.preemption_notice is None:
+            return None
+        return NoticeBoard(cloud=self.preemption_notice, url=self.metadata_url)
 
     def index_config(self) -> IndexConfig:
         """What to list."""

@@ -61,6 +61,10 @@ class Ledger:
         """Notes that no image of the shard is in hand any more."""
         self._in_hand.pop(shard_id, None)
 
+    def is_stopping(self) -> bool:
+        """Whether no more work is to be begun."""
+        return self._stopping
+
     def stop(self) -> None:
         """From now on, no shard is begun."""
         self._stopping = True

@@ -26,9 +26,7 @@ def start_ray(address: str | None = None) -> None:
     """
     if ray.is_initialized():
         return
-    # The job shows its own progress and failures; that a Ray on this machine alone asks for a token is no news.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    quiet_ray()
     options: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
     search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     cluster = address or os.environ.get("RAY_ADDRESS")
@@ -43,6 +41,13 @@ def start_ray(address: str | None = None) -> None:
         raise JobError(
             f"no Ray cluster at {cluster}: check --ray-address and RAY_ADDRESS, or unset both to start Ray here"
         ) from error
+
+
+def quiet_ray() -> None:
+    """Leaves progress and failures to the job, which shows them."""
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    # That a Ray on this machine alone asks for a token is no news.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
 
 
 def cluster_total(resource: str) -> float:

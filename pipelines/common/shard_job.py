@@ -34,7 +34,7 @@ from pipelines.common.ray_setup import start_ray
 from pipelines.common.resources import WorkerResources, plan_workers
 from pipelines.common.result import JobResult
 from pipelines.common.shard_worker import Placement, ShardActor, ShardWorker, WorkOrder
-from pipelines.common.stopping import TerminatedError, stopping_on_sigterm
+from pipelines.common.stopping import TerminatedError, stopping_in_order
 from pipelines.common.summary import print_dry_run, print_estimate, print_summary
 from tinysam.lake import schema
 from tinysam.lake.fingerprint import fingerprint
@@ -75,7 +75,7 @@ class ShardJob:
         Raises:
             JobError: if shards failed for reasons that no image is to blame for.
             LakeError: if the lake cannot be listed or is empty, or the output cannot be written or holds another run.
-            TerminatedError: after SIGTERM, when what was done by then is recorded.
+            TerminatedError: after SIGTERM or this machine's notice, when what was done by then is recorded.
         """
         with tempfile.TemporaryDirectory() as scratch:
             return self._run(JobOutput(self.name, self.config, self.fingerprint(), Path(scratch)))
@@ -139,7 +139,7 @@ class ShardJob:
         """Computes shards and fills in ``result``.
 
         Raises:
-            TerminatedError: after SIGTERM, when the shards in hand are written or the time for them is up.
+            TerminatedError: after SIGTERM or a notice, when the shards in hand are written or the time for them is up.
         """
         resources = plan_workers(self.config, len(todo))
         result.num_workers, result.device = resources.num_workers, resources.placement.device
@@ -149,7 +149,7 @@ class ShardJob:
         try:
             with (
                 JobProgress(self.name, sum(shard.num_rows for shard in todo), error_console) as progress,
-                stopping_on_sigterm(lambda: ray.get(ledger.stop.remote())),
+                stopping_in_order(lambda: ray.get(ledger.stop.remote()), self.config.notice_board()),
                 closing(self._stream(todo, resources, ledger)) as results,
             ):
                 for row in results:
@@ -185,7 +185,10 @@ class ShardJob:
         context.execution_options.preserve_order = False
         context.execution_no_progress_timeout_s = STALL_SECONDS
         order = WorkOrder(
-            output=self.config.output, fingerprint=self.fingerprint(), retry_failed=self.config.retry_failed
+            output=self.config.output,
+            fingerprint=self.fingerprint(),
+            retry_failed=self.config.retry_failed,
+            notice_board=self.config.notice_board(),
         )
         at_once = SHARDS_OF_A_WORKER_AT_ONCE * resources.num_workers
         for start in range(0, len(todo), at_once):

@@ -9,7 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,9 +21,12 @@ import ray
 
 from pipelines.common.isolation import process_one_by_one
 from pipelines.common.ledger import MAX_ATTEMPTS, Attempt
+from pipelines.common.preemption import NoticeBoard, NoticeWatch
 from pipelines.common.timing import StageClock
 from tinysam.lake import schema
 from tinysam.lake.filesystem import LakeError, MissingError, join, redact_url
+from tinysam.lake.images import decode_image
+from tinysam.lake.index import read_image_bytes
 from tinysam.lake.patience import patiently
 from tinysam.lake.plan import IndexReader
 from tinysam.lake.shards import (
@@ -92,6 +95,18 @@ class ShardWorker(ABC):
         fault and fails the shard.
         """
 
+    def read_pixels(self, row: Mapping[str, Any]) -> np.ndarray:
+        """The image of an index row, (H, W, 3) uint8 RGB; its time counts as ``read`` and ``decode``.
+
+        Raises:
+            ImageError: if it cannot be decoded.
+            LakeError: if the storage fails.
+        """
+        with self.clock.stage("read"):
+            data = read_image_bytes(row)
+        with self.clock.stage("decode"):
+            return decode_image(data)
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkOrder:
@@ -103,6 +118,8 @@ class WorkOrder:
     """Of the run; every shard's metadata repeats it."""
     retry_failed: bool
     """Whether shards that exist are to be written again, with new rows for the images that failed."""
+    notice_board: NoticeBoard | None
+    """Where a worker looks for its machine's notice; None: nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +153,7 @@ class ShardActor:
         self._worker: ShardWorker | None = None
         self._computing, self._writing = threading.Lock(), threading.Lock()
         self._name = ray.get_runtime_context().get_actor_id()
+        self._watch = NoticeWatch(order.notice_board) if order.notice_board is not None else None
 
     def __call__(self, item: pa.Table) -> pa.Table:
         [place] = item.to_pylist()
@@ -146,7 +164,7 @@ class ShardActor:
             with ExitStack() as writing:
                 with self._computing:
                     start, computed = time.perf_counter(), None
-                    attempt = ray.get(self._ledger.begin.remote(shard_id))
+                    attempt = self._begin(shard_id)
                     if attempt is None:
                         result["stopped"] = True
                     elif attempt.number > MAX_ATTEMPTS:
@@ -166,6 +184,13 @@ class ShardActor:
             logger.exception("shard %s failed", shard_id)
             result["failure"] = f"{type(error).__name__}: {error}"
         return pa.Table.from_pylist([result | {"seconds": time.perf_counter() - start}], schema=RESULT)
+
+    def _begin(self, shard_id: str) -> Attempt | None:
+        """The ledger's answer. On a machine with a notice it is not asked: once that is gone, Ray gives the shard to
+        another one."""
+        if self._watch is not None:
+            self._watch.wait_while_notified(until=lambda: ray.get(self._ledger.is_stopping.remote()))
+        return ray.get(self._ledger.begin.remote(shard_id))
 
     def _compute(self, shard_id: str, rows: pa.Table, attempt: Attempt) -> Computed:
         start = time.perf_counter()

@@ -68,7 +68,7 @@ def commands(document: str) -> list[list[str]]:
     return [part for part in found if part]
 
 
-PAGES = ("README.md", "cluster/README.md", "docs/EVALUATION.md")
+PAGES = ("README.md", "cluster/README.md", "docs/EVALUATION.md", "docs/BENCHMARKS.md")
 COMMANDS = [(page, command) for page in PAGES for command in commands(page)]
 
 

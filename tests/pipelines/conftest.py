@@ -86,6 +86,7 @@ def ray_address(s3: S3Bucket) -> Iterator[str]:
         environment.delenv("RAY_ADDRESS", raising=False)
         environment.setenv("PYTHONPATH", str(ROOT))
         ray.init(
+            "local",  # and not one that runs here already
             num_cpus=2,  # so many idle workers are started at once
             include_dashboard=False,
             object_store_memory=200 * 2**20,

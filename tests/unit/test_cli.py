@@ -68,6 +68,9 @@ def test_help_names_what_there_is(command: list[str], capsys: pytest.CaptureFixt
         (["segment", "PHOTO", "--point", "1,2", "--label", "1", "--label", "0"], "1 points and 2 labels"),
         (["segment", "PHOTO", "--point", "1,2", "--box", "1,1,5,5", "--box", "2,2,6,6"], "without points"),
         (["segment", "PHOTO", "--point", "96,10"], "outside the image of 96 x 72 pixels"),
+        (["segment", "PHOTO", "--box", "50,50,10,60"], "the box 50,50,10,60 is empty: X0,Y0 is its upper left corner"),
+        (["segment", "PHOTO", "--box", "5,9,8,9"], "the box 5,9,8,9 is empty"),
+        (["segment", "PHOTO", "--box", "5,5,9,9", "--box=-9,5,0,9"], "box -9,5,0,9 lies outside the image of 96 x 72"),
         (["segment", "PHOTO", "--point", "1,2", "--out", "PHOTO"], "is the photo itself"),
         (["segment", "PHOTO", "--point", "1,2", "--mask", "mask.txt"], "pictures are written as"),
         (["everything", "PHOTO", "--out", "overlay"], "pictures are written as"),
@@ -102,6 +105,7 @@ def test_options_of_everything_mode_are_checked(
         (["everything", "PHOTO", "--model", "nowhere.safetensors"], "no such checkpoint"),
         (["everything", "PHOTO", "--model", "mobile_sam"], "run `tinysam weights mobile_sam`"),
         (["weights", "mobile_sam", "--from", "nowhere.pt"], "nowhere.pt does not exist"),
+        (["weights", "mobile_sam", "--folder", "broken.jpg"], "broken.jpg: a file stands where a folder is needed"),
         (["report", "nowhere"], "holds no shards of masks"),
     ],
 )
@@ -150,7 +154,7 @@ def test_points_off_the_object_and_a_box_are_passed_on(photo: Path, checkpoint: 
 
 
 def test_each_of_several_boxes_gives_an_object(photo: Path, checkpoint: str) -> None:
-    boxes = ["--box", "5,5,40,40", "--box", "50,20,90,70"]
+    boxes = ["--box", "5,5,40,40", "--box", "50,20,120,70"]  # the second reaches over the edge
     assert main(["segment", str(photo), *boxes, "--model", checkpoint, "--json", "out.json"]) == EXIT_OK
     assert [a["id"] for a in json.loads(Path("out.json").read_text())["annotations"]] == [0, 1]
 

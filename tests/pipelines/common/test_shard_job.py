@@ -28,6 +28,7 @@ from pipelines.common.ray_setup import start_ray
 from pipelines.common.shard_job import ShardJob
 from pipelines.common.shard_worker import Placement, ShardWorker
 from pipelines.common.stopping import TerminatedError
+from tests.pipelines.metadata_server import metadata_server
 from tinysam.lake import schema
 from tinysam.lake.filesystem import LakeError, join, list_files
 from tinysam.lake.run_record import read_run_record
@@ -346,21 +347,26 @@ def test_a_lake_that_has_grown_is_taken_in_when_asked_and_old_shards_stay(
 
 
 @pytest.mark.usefixtures("ray_address")
-def test_sigterm_lets_what_is_in_hand_be_finished_and_the_same_command_goes_on(
-    tmp_path: Path, read_output: Callable[[str], pa.Table]
+@pytest.mark.parametrize("sign", ["SIGTERM", "notice"])
+def test_asked_to_stop_a_job_finishes_what_is_in_hand_and_the_same_command_goes_on(
+    sign: str, tmp_path: Path, read_output: Callable[[str], pa.Table]
 ) -> None:
     names = [f"{number:02d}-slow" for number in range(12)]
     lake = name_images(tmp_path / "lake", *names)
     output = str(tmp_path / "output")
 
-    def terminate_after_first_shard() -> None:
+    def stop_after_first_shard() -> None:
         while not list_files(join(output, "shards")):
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if sign == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+        cloud.leaving = True
 
-    threading.Thread(target=terminate_after_first_shard, daemon=True).start()
-    with pytest.raises(TerminatedError):
-        echo_job(lake, output).run()
+    threading.Thread(target=stop_after_first_shard, daemon=True).start()
+    with metadata_server() as cloud:
+        notice = {"preemption_notice": "aws", "metadata_url": cloud.url} if sign == "notice" else {}
+        with pytest.raises(TerminatedError):
+            echo_job(lake, output, **notice).run()
     done = len(list_files(join(output, "shards")))
     assert 0 < done < 12
     record = read_run_record(output)

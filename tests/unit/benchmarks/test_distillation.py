@@ -15,7 +15,7 @@ def job_of(flags: tuple[str, ...]) -> DistillConfig:
 
 
 def test_each_row_adds_its_part_to_the_row_above() -> None:
-    config = DistillationBenchmark(cache=("a",), validation_cache=("b",), output="c", rounds=5, mining=0.7)
+    config = DistillationBenchmark(cache=("a",), validation_cache=("b",), runs="c", rounds=5, mining=0.7)
     jobs = {name: job_of(flags) for name, flags in rows(config).items()}
     parts = {
         name: (
@@ -59,4 +59,4 @@ def test_gains_are_paired_by_seed_and_the_gap_is_counted_from_the_first_row() ->
 
 def test_one_seed_has_no_interval() -> None:
     with pytest.raises(ValueError, match="at least 2 seeds"):
-        DistillationBenchmark(cache=("a",), validation_cache=("b",), output="c", seeds=1)
+        DistillationBenchmark(cache=("a",), validation_cache=("b",), runs="c", seeds=1)

@@ -32,13 +32,26 @@ CERTAIN: dict[str, Any] = {"spread": 0.0, "driver_seconds_per_shard": 0.0, "load
 
 
 def test_without_chance_it_is_arithmetic() -> None:
-    load = simulator.Workload(images=6400, workers=8, seconds_per_image=0.5, megabytes_out=2.0, **CERTAIN)
+    load = simulator.Workload(
+        images=6400, workers=8, seconds_per_image=0.5, megabytes_out=2.0, overlap=False, **CERTAIN
+    )
     outcome = simulator.simulate(load)
     shard = 64 * 0.5 + 64 * 2.0 / 100
     assert outcome.seconds == pytest.approx(30 + 13 * shard)  # 100 shards are 12.5 for each of 8 workers
     assert outcome.computing == pytest.approx(6400 * 0.5)
     assert outcome.writing == pytest.approx(6400 * 2.0 / 100)
     assert (outcome.losses, outcome.wasted) == (0, 0)
+
+
+@pytest.mark.parametrize("megabytes_out", [2.0, 75.0])
+def test_of_computing_and_writing_the_longer_one_counts_where_they_overlap(megabytes_out: float) -> None:
+    load = simulator.Workload(
+        images=6400, workers=8, seconds_per_image=0.5, megabytes_out=megabytes_out, overlap=True, **CERTAIN
+    )
+    outcome = simulator.simulate(load)
+    compute, write = 64 * 0.5, 64 * megabytes_out / 100
+    assert outcome.seconds == pytest.approx(30 + 13 * max(compute, write) + min(compute, write))
+    assert outcome.computing == pytest.approx(6400 * 0.5)
 
 
 def test_the_last_shard_holds_the_rest() -> None:
@@ -67,6 +80,7 @@ def test_what_is_shared_limits_a_large_cluster(limit: dict[str, float], seconds:
     straggler_rate=st.sampled_from([0.0, 0.1]),
     driver_seconds_per_shard=st.sampled_from([0.0, 3.0]),
     storage=st.sampled_from([20.0, float("inf")]),
+    overlap=st.booleans(),
     seed=st.integers(0, 2**32),
 )
 def test_every_shard_is_written_once_and_every_second_counted_once(storage: float, **options: Any) -> None:
