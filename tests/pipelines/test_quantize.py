@@ -107,7 +107,7 @@ def test_the_model_is_scored_before_and_after_where_ground_truth_is_given(
             {
                 "images": images,
                 "categories": [{"id": 1, "name": "thing"}],
-                "annotations": [{**common, "id": n + 1, "image_id": n} for n in range(3)],
+                "annotations": [{**common, "id": n + 1, "image_id": n} for n in range(4)],
             }
         )
     )
@@ -115,7 +115,7 @@ def test_the_model_is_scored_before_and_after_where_ground_truth_is_given(
     flags = ["--evaluate-lake", str(lake), "--evaluate-annotations", str(annotations), "--evaluate-tasks", "box"]
     assert quantize.main([*command, "--output", str(output), "--max-error-rate", "1", *flags]) == EXIT_OK
     [dataset] = json.loads((output / "results.json").read_text())["datasets"].values()
-    assert dataset["images"] == 3
+    assert dataset["images"] == 4
     scores = {label: entry["metrics"] for label, entry in dataset["checkpoints"].items()}
     assert scores.keys() == {"float", "int8"}
     index = build_index(IndexConfig(lake=str(lake), annotations=str(annotations))).to_pylist()
