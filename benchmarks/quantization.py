@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,25 +25,29 @@ import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import nn
 
 from benchmarks.inputs import images_with_objects, load_or_random
 from benchmarks.results import write_results
 from tinysam import load
 from tinysam.eval.image import EvalConfig, ImageScores, evaluate_image
-from tinysam.eval.masks import paired_iou
+from tinysam.eval.masks import Rle, paired_iou
 from tinysam.lake.images import decode_image
 from tinysam.lake.index import IndexConfig, build_index, read_image_bytes
 from tinysam.modeling.checkpoint import checkpoint_bytes
-from tinysam.quant import QuantizationConfig, quantize_encoder
-from tinysam.quant.calibrate import CalibrationConfig
-from tinysam.quant.fold import fold_batch_norm
+from tinysam.quant import QuantizationConfig, quantize_encoder, with_encoder
+from tinysam.quant.calibrate import CalibrationConfig, calibrate
+from tinysam.quant.engine_form import engine_form
+from tinysam.quant.folder import stored_weights
 from tinysam.quant.quantize import preprocess
 from tinysam.quant.scheme import METHODS, Method, Scheme
-from tinysam.quant.search import SearchConfig, find_grids
+from tinysam.quant.search import SearchConfig, choose_grids
 from tinysam.quant.simulate import simulated
 from tinysam.runtime import EngineConfig, open_engine
 
 BOXES = EvalConfig(tasks=("box",))
+SEARCHED: tuple[Method, ...] = ("hessian", "mse")
+"""Methods that search on the same samples, which are taken once a draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +66,8 @@ class QuantizationBenchmark:
     """COCO file of the ground truth; None: SA-1B's JSON files beside the images."""
     images: int = 20
     """Images of ``lake`` to score, from the first."""
+    objects: int = 16
+    """Objects of each image that are scored, so that one with hundreds takes no longer than others."""
     calibration_images: int = 8
     """In each draw."""
     draws: int = 5
@@ -95,7 +102,8 @@ def speed(config: QuantizationBenchmark) -> list[dict[str, Any]]:
     quantized = quantize_encoder(
         sam, images[:1], images[1:], QuantizationConfig(method="minmax"), num_threads=config.threads
     )
-    decoder = len(checkpoint_bytes(sam)) - len(safetensors.torch.save(sam.image_encoder.state_dict()))
+    rest = with_encoder(sam, nn.Identity())
+    float_rest, stored_rest = len(checkpoint_bytes(rest)), len(safetensors.torch.save(stored_weights(rest)))
     array = preprocess(sam, images[0])
     tensor = torch.from_numpy(array)
     calls: dict[str, Any] = {"torch float32": lambda: sam.image_encoder(tensor)}
@@ -111,7 +119,7 @@ def speed(config: QuantizationBenchmark) -> list[dict[str, Any]]:
             EngineConfig(engine="openvino", num_threads=config.threads, precision=precision),  # type: ignore[arg-type]
         )
         calls[name] = lambda engine=engine: engine.run(array)
-        sizes[name] = model.ByteSize() + decoder
+        sizes[name] = model.ByteSize() + (float_rest if model is quantized.float_model else stored_rest)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     with torch.inference_mode():
         for number in range(config.repeats + 1):  # the first time warms up
@@ -135,27 +143,48 @@ def speed(config: QuantizationBenchmark) -> list[dict[str, Any]]:
 
 def accuracy(config: QuantizationBenchmark, console: Console) -> list[dict[str, Any]]:
     """A row for each bits, method and draw; the float model's first."""
-    sam = fold_batch_norm(load(config.checkpoint)).requires_grad_(False)
+    sam = engine_form(load(config.checkpoint)).requires_grad_(False)
     assert config.calibration is not None
     assert config.lake is not None
-    truths = list(islice(images_with_objects(config.lake, config.annotations), config.images))
+    truths = [
+        (pixels, spread(objects, config.objects))
+        for pixels, objects in islice(images_with_objects(config.lake, config.annotations), config.images)
+    ]
     expected = [evaluate_image(sam, pixels, objects, config=BOXES) for pixels, objects in truths]
     rows = [{"bits": 32, "method": "float", "draw": 0, "seconds": 0.0, **scores(expected, expected)}]
     index = build_index(IndexConfig(lake=config.calibration))
-    runs = [(draw, bits, method) for draw in range(config.draws) for bits in config.bits for method in config.methods]
-    for draw, bits, method in track(runs, "Scales", console=console):
+    search = search_config(config)
+    for draw in track(range(config.draws), "Draws", console=console):
         chosen = np.random.default_rng(draw).permutation(index.num_rows)[: config.calibration_images]
         images = [decode_image(read_image_bytes(row)) for row in index.take(chosen).to_pylist()]
-        scheme = Scheme(method=method, weight_bits=bits, activation_bits=bits, affine=config.affine)
-        start = time.process_time()
-        grids = find_grids(sam, images, scheme, search_config(config))
-        seconds = time.process_time() - start
-        with simulated(sam, grids):
-            found = [evaluate_image(sam, pixels, objects, config=BOXES) for pixels, objects in truths]
-        rows.append({"bits": bits, "method": method, "draw": draw, "seconds": seconds, **scores(found, expected)})
-        if config.output is not None:
-            write_results(config.output, config, rows)
+        for methods in (SEARCHED, *((method,) for method in config.methods if method not in SEARCHED)):
+            schemes = [
+                Scheme(method=method, weight_bits=bits, activation_bits=bits, affine=config.affine)
+                for bits in config.bits
+                for method in methods
+                if method in config.methods
+            ]
+            if not schemes:
+                continue
+            start = time.process_time()
+            seen = calibrate(sam, images, schemes[0], search.calibration)
+            calibration_seconds = time.process_time() - start
+            for scheme in schemes:
+                start = time.process_time()
+                grids = choose_grids(seen, scheme, search)
+                seconds = calibration_seconds + time.process_time() - start
+                with simulated(sam, grids):
+                    found = [evaluate_image(sam, pixels, objects, config=BOXES) for pixels, objects in truths]
+                row = {"bits": scheme.weight_bits, "method": scheme.method, "draw": draw, "seconds": seconds}
+                rows.append({**row, **scores(found, expected)})
+                if config.output is not None:
+                    write_results(config.output, config, rows)
     return rows
+
+
+def spread(objects: Sequence[Rle], most: int) -> list[Rle]:
+    """At most so many of an image's objects, from all over the list."""
+    return [objects[i] for i in np.unique(np.linspace(0, len(objects) - 1, min(most, len(objects))).astype(int))]
 
 
 def search_config(config: QuantizationBenchmark) -> SearchConfig:
@@ -209,9 +238,9 @@ def speed_table(config: QuantizationBenchmark, rows: list[dict[str, Any]]) -> Ta
 
 
 def accuracy_table(config: QuantizationBenchmark, rows: list[dict[str, Any]]) -> Table:
-    """Mean and range over the draws, for people."""
+    """Mean, standard deviation and range over the draws, for people."""
     table = Table(title=f"{config.checkpoint}: {config.draws} draws of {config.calibration_images} images")
-    for label in ("bits", "method", "box mIoU", "lowest", "highest", "IoU with float", "CPU s"):
+    for label in ("bits", "method", "box mIoU", "deviation", "lowest", "highest", "IoU with float", "CPU s"):
         table.add_column(label, justify="left" if label == "method" else "right")
     for bits, method in dict.fromkeys((row["bits"], row["method"]) for row in rows):
         group = [row for row in rows if (row["bits"], row["method"]) == (bits, method)]
@@ -220,6 +249,7 @@ def accuracy_table(config: QuantizationBenchmark, rows: list[dict[str, Any]]) ->
             str(bits),
             method,
             f"{np.mean(ious):.4f}",
+            f"{np.std(ious, ddof=1):.4f}" if len(ious) > 1 else "",
             f"{min(ious):.4f}",
             f"{max(ious):.4f}",
             f"{np.mean([row['agreement'] for row in group]):.4f}",

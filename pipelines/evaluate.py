@@ -42,7 +42,7 @@ from tinysam.eval.ground_truth import NO_CATEGORY, Objects, coco_image_ids, read
 from tinysam.eval.image import TASKS, Task
 from tinysam.eval.lvis import LvisError, read_lvis, require_lvis
 from tinysam.eval.reduce import Lvis, Reduction, reduce_scores
-from tinysam.eval.results import to_json, to_markdown
+from tinysam.eval.results import dataset_results, to_markdown
 from tinysam.eval.rows import SCORES, to_row
 from tinysam.everything import HierarchicalConfig
 from tinysam.lake import schema
@@ -296,24 +296,14 @@ def write_results(
     results = {
         "evaluation": config.identity(),
         "datasets": {
-            config.dataset(): {
-                "lake": config.lake,
-                "annotations": config.annotations,
-                "teacher": config.teacher,
-                "images": max(reduction.images for reduction in reductions.values()),
-                "checkpoints": {
-                    label: {
-                        "checkpoint": models[label][0],
-                        "sha256": models[label][1],
-                        "images": reduction.images,
-                        "images_without_ground_truth": reduction.without_ground_truth,
-                        "statuses": reduction.statuses,
-                        "metrics": to_json(reduction.metrics),
-                        "seconds_per_image": seconds_per_image(join(config.output, label)),
-                    }
-                    for label, reduction in reductions.items()
-                },
-            }
+            config.dataset(): dataset_results(
+                config.lake,
+                config.annotations,
+                models,
+                reductions,
+                teacher=config.teacher,
+                seconds_per_image={label: seconds_per_image(join(config.output, label)) for label in reductions},
+            )
         },
     }
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -2,9 +2,11 @@
 
     python pipelines/quantize.py --student runs/student.safetensors --lake s3://bucket/images --output s3://bucket/int8
 
-The ranges of the activations come from a few images of the lake; a few more measure what was lost. The output is a
-folder that ``tinysam.load`` and ``label_images.py --quantized`` take: encoder.onnx, decoder.safetensors, config.json,
-calibration.json (scales and errors, layer by layer), report.json and run.json. One machine does it all, without Ray.
+The ranges of the activations come from a few images of the lake; a few more measure what was lost. With
+``--evaluate-lake`` the model is scored against ground truth before and after. The output is a folder that
+``tinysam.load`` and ``label_images.py --quantized`` take: encoder.onnx, decoder.safetensors, config.json and
+calibration.json (all scales), with report.json, results.json, report.html and run.json about it. One machine does it
+all, without Ray.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found without an
 
 import numpy as np
 import pyarrow as pa
+from rich.markdown import Markdown
 from rich.table import Table
 from segment_anything.modeling import Sam
 
@@ -32,6 +35,10 @@ from pipelines.common.progress import JobProgress
 from pipelines.common.summary import human_bytes
 from pipelines.common.timing import StageClock
 from tinysam import load
+from tinysam.eval import EvalConfig
+from tinysam.eval.compare import compare_models
+from tinysam.eval.image import Task
+from tinysam.eval.results import dataset_results, to_markdown
 from tinysam.lake import schema
 from tinysam.lake.filesystem import join, remove, write_once
 from tinysam.lake.fingerprint import fingerprint
@@ -40,10 +47,13 @@ from tinysam.lake.index import IndexConfig, build_index, read_image_bytes
 from tinysam.lake.run_record import RUN_FILE, RunRecord, check_same_run, read_run_record
 from tinysam.quant import QuantizationConfig, QuantizationError, load_quantized, quantize_encoder, save_quantized
 from tinysam.quant.folder import CONFIG_FILE
-from tinysam.quant.report import LAYER_KINDS, QuantizationReport, measure
+from tinysam.quant.report import LAYER_KINDS, QuantizationReport, layer_table, measure
+from tinysam.report.quality import RESULTS_FILE
+from tinysam.report.quantization import PAGE_FILE, REPORT_FILE, render_quantization
 from tinysam.runtime import EngineConfig, EngineError, EngineImageEncoder
 
-REPORT_FILE = "report.json"
+FLOAT, QUANTIZED = "float", "int8"
+"""What the results call the two models."""
 SEARCH_REPORT_EVERY = 10
 LOW_MASK_IOU = 0.9
 """Below this agreement with the float model, the summary says what to try."""
@@ -72,6 +82,16 @@ class QuantizeConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     """How the result is run to measure it; the output does not depend on it."""
 
+    evaluate_lake: str | None = None
+    """Images with ground truth, on which the float and the quantized model are scored."""
+    evaluate_annotations: str | None = None
+    """COCO file of that ground truth; None: SA-1B's JSON files beside the images."""
+    evaluate_images: int = 20
+    """The first so many images of it are taken."""
+    evaluate_tasks: tuple[Task, ...] = ("box", "points")
+    """box: mask AP and mIoU for the objects' boxes. points: mIoU after clicks. everything: recall of everything mode,
+    which takes longest."""
+
     max_error_rate: float = 0.2
     """Exit with code 3 when a larger part of the images drawn could not be read. Others are drawn in their place, so
     the output is good in any case; but one in five points to a wrong path."""
@@ -81,13 +101,16 @@ class QuantizeConfig:
     """Only say which images would be drawn. Reads no image and writes nothing."""
 
     def __post_init__(self) -> None:
-        for name in ("calibration_images", "held_out_images", "limit"):
+        for name in ("calibration_images", "held_out_images", "limit", "evaluate_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
         if self.seed < 0:
             raise ValueError("--seed must not be negative")
         if not 0 <= self.max_error_rate <= 1:
             raise ValueError("--max-error-rate must be between 0 and 1")
+        if self.evaluate_annotations is not None and self.evaluate_lake is None:
+            raise ValueError("--evaluate-annotations needs --evaluate-lake, the images that they belong to")
+        EvalConfig(tasks=self.evaluate_tasks)
 
     @property
     def num_images(self) -> int:
@@ -96,7 +119,9 @@ class QuantizeConfig:
 
     def fingerprint(self, student_sha256: str) -> str:
         """What decides about the output."""
-        names = ("lake", "calibration_images", "held_out_images", "limit", "seed")
+        names: tuple[str, ...] = ("lake", "calibration_images", "held_out_images", "limit", "seed")
+        if self.evaluate_lake is not None:
+            names += ("evaluate_lake", "evaluate_annotations", "evaluate_images", "evaluate_tasks")
         return fingerprint(
             {
                 "job": "quantize",
@@ -182,6 +207,8 @@ class Result:
     bytes_int8_model: int
     """All files of the quantized one."""
     report: QuantizationReport
+    layers: list[dict[str, object]]
+    """Of ``layer_table``."""
 
 
 def quantize(config: QuantizeConfig, sam: Sam, draw: Draw, sha256: str, clock: StageClock) -> Result:
@@ -228,9 +255,38 @@ def quantize(config: QuantizeConfig, sam: Sam, draw: Draw, sha256: str, clock: S
         bytes_float_model=sum(value.numel() * value.element_size() for value in sam.state_dict().values()),
         bytes_int8_model=sum(sizes.values()),
         report=report,
+        layers=layer_table(encoder),
     )
+    if config.evaluate_lake is not None:
+        with clock.stage("evaluate"):
+            evaluate(config, {FLOAT: sam, QUANTIZED: quantized}, sha256)
     write_once(join(config.output, REPORT_FILE), (json.dumps(asdict(result), indent=2) + "\n").encode())
     return result
+
+
+def evaluate(config: QuantizeConfig, models: Mapping[str, Sam], sha256: str) -> None:
+    """Scores both models against ground truth, and writes ``results.json`` as ``pipelines/evaluate.py`` does.
+
+    Raises:
+        JobError: if none of the images has ground truth.
+        LakeError: if they cannot be listed, or the annotations do not belong to them.
+    """
+    assert config.evaluate_lake is not None
+    lake, annotations = config.evaluate_lake, config.evaluate_annotations
+    index = build_index(IndexConfig(lake=lake, annotations=annotations, limit=config.evaluate_images)).to_pylist()
+    with JobProgress("evaluate", len(index), error_console) as progress:
+        reductions = compare_models(
+            models, index, EvalConfig(tasks=config.evaluate_tasks), on_image=lambda: progress.advance(1)
+        )
+    if not reductions[FLOAT].images:
+        raise JobError(f"none of the images in {lake} has ground truth: give --evaluate-annotations, or another lake")
+    sources = {FLOAT: (config.student, sha256), QUANTIZED: (config.output, fingerprint({"quantized": sha256}))}
+    results = {
+        "evaluation": {"tasks": sorted(set(config.evaluate_tasks))},
+        "datasets": {lake.rstrip("/"): dataset_results(lake, annotations, sources, reductions)},
+    }
+    write_once(join(config.output, RESULTS_FILE), (json.dumps(results, indent=2) + "\n").encode())
+    console.print(Markdown(to_markdown(results)))
 
 
 def print_summary(config: QuantizeConfig, draw: Draw, result: Result) -> None:
@@ -259,6 +315,11 @@ def print_summary(config: QuantizeConfig, draw: Draw, result: Result) -> None:
     table.add_row("embedding", f"relative error {report.embedding_relative_error:.4f}")
     table.add_row("masks", f"IoU {report.mask_iou:.4f} with the float model's, {report.mask_iou_90:.0%} above 0.9")
     console.print(table)
+    if not report.vnni:
+        error_console.print(
+            "this processor has no VNNI, so the times say little about one that has, and the float model may be faster",
+            highlight=False,
+        )
     if report.mask_iou < LOW_MASK_IOU:
         error_console.print(
             "the masks differ much from the float model's: try --quantization.activations uint8, or "
@@ -291,7 +352,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with clock.stage("read"):
         draw = read_images(config, rows)
     if config.overwrite:
-        for name in (RUN_FILE, CONFIG_FILE):  # from here on, the folder is no finished model
+        # From here on, the folder is no finished model.
+        for name in (RUN_FILE, CONFIG_FILE, RESULTS_FILE, REPORT_FILE, PAGE_FILE):
             remove(join(config.output, name))
     try:
         result = quantize(config, sam, draw, sha256, clock)
@@ -313,7 +375,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             **asdict(result.report),
         },
     ).write(config.output)
+    page = join(config.output, PAGE_FILE)
+    write_once(page, render_quantization(config.output).encode())
     print_summary(config, draw, result)
+    console.print(f"every layer, its scales and its error: {page}", markup=False, highlight=False)
     if draw.error_rate > config.max_error_rate:
         error_console.print(
             f"{draw.error_rate:.0%} of the images drawn could not be read, more than --max-error-rate "

@@ -7,6 +7,8 @@ from tinysam.lake.filesystem import explained, list_files, open_filesystem
 from tinysam.lake.fingerprint import file_sha256, fingerprint
 from tinysam.lake.run_record import RUN_FILE
 from tinysam.modeling.checkpoint import is_untrained
+from tinysam.report.quality import RESULTS_FILE
+from tinysam.report.quantization import PAGE_FILE, REPORT_FILE
 from tinysam.weights import SHIPPED, WeightsError, resolve
 
 
@@ -32,5 +34,5 @@ def weights_sha256(path_or_name: str) -> str:
     if not is_folder:
         return file_sha256(url)
     names = {file.rsplit("/", 1)[-1]: file for file in list_files(url)}
-    # The run record says when and where, which changes no result.
-    return fingerprint({name: file_sha256(file) for name, file in names.items() if name != RUN_FILE})
+    about = (RUN_FILE, RESULTS_FILE, REPORT_FILE, PAGE_FILE)  # times and scores, which change no result
+    return fingerprint({name: file_sha256(file) for name, file in names.items() if name not in about})

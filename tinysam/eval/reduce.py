@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -70,11 +70,39 @@ def reduce_scores(
         LakeError: if a file cannot be read.
         LvisError: if ``lvis`` is asked for and lvis-api is not installed.
     """
+    return reduce_rows(
+        _rows(folder_url),
+        lambda: _annotations(folder_url),
+        max_detections=max_detections,
+        bootstrap_samples=bootstrap_samples,
+        ap_bootstrap_samples=ap_bootstrap_samples,
+        lvis=lvis,
+    )
+
+
+def reduce_rows(
+    rows: Iterable[Mapping[str, Any]],
+    annotations: Callable[[], Mapping[str, list[dict[str, Any]]]],
+    *,
+    max_detections: int = 100,
+    bootstrap_samples: int = 1000,
+    ap_bootstrap_samples: int = 100,
+    lvis: Lvis | None = None,
+) -> Reduction:
+    """Reduces rows of ``tinysam.eval.rows.SCORES``; the other arguments are those of ``reduce_scores``.
+
+    Args:
+        rows: one an image.
+        annotations: gives COCO annotations by ``image_id``, crowds included, if AP is computed; see ``coco_dataset``.
+
+    Raises:
+        LvisError: if ``lvis`` is asked for and lvis-api is not installed.
+    """
     statuses: collections.Counter[str] = collections.Counter()
     without_ground_truth = 0
     scores: list[ImageScores] = []
     segmented: list[dict[str, Any]] = []
-    for row in _rows(folder_url):
+    for row in rows:
         statuses[row["status"]] += 1
         if row["status"] != schema.OK:
             continue
@@ -93,7 +121,7 @@ def reduce_scores(
             )
             metrics |= {f"{name}{ending}": metric for name, metric in found.items()}
     elif segmented:
-        dataset = coco_dataset(segmented, _annotations(folder_url))
+        dataset = coco_dataset(segmented, annotations())
         for protocol, ending in PROTOCOLS.items():
             found = average_precision(
                 dataset,
@@ -176,4 +204,9 @@ def _annotations(folder_url: str) -> dict[str, list[dict[str, Any]]]:
     index: Iterable[dict[str, Any]] = read_shard(
         join(folder_url, "index.parquet"), columns=["image_id", "annotations"]
     ).to_pylist()
+    return annotations_by_image(index)
+
+
+def annotations_by_image(index: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """COCO annotations by ``image_id``, of the index rows that have any."""
     return {row["image_id"]: json.loads(row["annotations"]) for row in index if row["annotations"] is not None}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinysam.eval.bootstrap import Metric
+
+if TYPE_CHECKING:
+    from tinysam.eval.reduce import Reduction
 
 _FIXED_NAMES = {
     "ap": "mask AP",
@@ -45,6 +48,45 @@ def to_json(metrics: Mapping[str, Metric]) -> dict[str, dict[str, float | int | 
     return {
         name: {key: None if math.isnan(value) else value for key, value in asdict(metric).items()}
         for name, metric in metrics.items()
+    }
+
+
+def dataset_results(
+    lake: str,
+    annotations: str | None,
+    models: Mapping[str, tuple[str, str]],
+    reductions: Mapping[str, Reduction],
+    *,
+    teacher: str | None = None,
+    seconds_per_image: Mapping[str, Mapping[str, float]] | None = None,
+) -> dict[str, Any]:
+    """A data set's part of ``results.json``.
+
+    Args:
+        lake: where its images lie.
+        annotations: the file with its ground truth, if there is one.
+        models: checkpoint and its SHA-256 by label.
+        reductions: by label.
+        teacher: the model whose masks were the ground truth.
+        seconds_per_image: by label and stage.
+    """
+    return {
+        "lake": lake,
+        "annotations": annotations,
+        "teacher": teacher,
+        "images": max(reduction.images for reduction in reductions.values()),
+        "checkpoints": {
+            label: {
+                "checkpoint": models[label][0],
+                "sha256": models[label][1],
+                "images": reduction.images,
+                "images_without_ground_truth": reduction.without_ground_truth,
+                "statuses": reduction.statuses,
+                "metrics": to_json(reduction.metrics),
+                "seconds_per_image": (seconds_per_image or {}).get(label, {}),
+            }
+            for label, reduction in reductions.items()
+        },
     }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tinysam.quant.agreement import Agreement, compare
 from tinysam.quant.folder import load_quantized, save_quantized, with_encoder
+from tinysam.quant.layers import LayerReport
 from tinysam.quant.quantize import (
-    LayerReport,
     QuantizationConfig,
     QuantizationError,
     QuantizedEncoder,

@@ -121,24 +121,38 @@ def calibrate(
             _record(entry, left, right, result, rows, generator)
         return result
 
-    size = sam.image_encoder.img_size
     with torch.set_grad_enabled(scheme.searches), ProductMode(sam, see):
         for image in images:
-            resized = ResizeLongestSide(size).apply_image(check_image(image))
-            with torch.no_grad():
-                prepared = sam.preprocess(torch.from_numpy(resized).permute(2, 0, 1)[None])
-                sparse, dense = click_grid(sam, config.points_per_side, resized.shape[:2])
-            masks, ious = sam.mask_decoder.predict_masks(
-                image_embeddings=sam.image_encoder(prepared.requires_grad_(scheme.searches)),
-                image_pe=sam.prompt_encoder.get_dense_pe(),
-                # With gradients from here on, since the first products of the decoder see the tokens alone.
-                sparse_prompt_embeddings=sparse.requires_grad_(scheme.searches),
-                dense_prompt_embeddings=dense,
-            )
+            masks, ious = run_clicks(sam, image, config.points_per_side)
             if scheme.searches:
                 log_likelihood(masks, ious, generator).backward()
             on_image()
     return seen
+
+
+def run_clicks(sam: Sam, image: np.ndarray, points_per_side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A grid of clicks, each alone, on an image: mask logits (N, 4, h, w) and predicted IoUs (N, 4).
+
+    Where gradients are enabled, they flow to every product of the encoder and the decoder.
+
+    Args:
+        sam: on the CPU, in eval mode.
+        image: (H, W, 3) uint8 RGB.
+        points_per_side: clicks along each side.
+    """
+    gradients = torch.is_grad_enabled()
+    resized = ResizeLongestSide(sam.image_encoder.img_size).apply_image(check_image(image))
+    with torch.no_grad():
+        prepared = sam.preprocess(torch.from_numpy(resized).permute(2, 0, 1)[None])
+        sparse, dense = click_grid(sam, points_per_side, resized.shape[:2])
+    masks, ious = sam.mask_decoder.predict_masks(
+        image_embeddings=sam.image_encoder(prepared.requires_grad_(gradients)),
+        image_pe=sam.prompt_encoder.get_dense_pe(),
+        # With gradients from here on, since the first products of the decoder see the tokens alone.
+        sparse_prompt_embeddings=sparse.requires_grad_(gradients),
+        dense_prompt_embeddings=dense,
+    )
+    return masks, ious
 
 
 def _first_sight(product: Product, left: torch.Tensor, right: torch.Tensor, scheme: Scheme) -> Seen:

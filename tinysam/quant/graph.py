@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import ast
-import copy
-import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import onnx
+import onnxscript.optimizer
 import torch
-from timm.models.tiny_vit import Attention
 from torch import nn
 
+from tinysam.quant.engine_form import engine_form
 from tinysam.runtime.graphs import quiet_export
 
 INPUT, OUTPUT = "image", "embedding"
 """Names of the graph's input and output."""
 
-QUERY_KEY, WEIGHTS_VALUE = ".query_key", ".weights_value"
+ATTENTION_PRODUCTS = QUERY_KEY, WEIGHTS_VALUE = ".query_key", ".weights_value"
 """What the two products of an attention are called, after its module's name."""
 
 LayerKind = Literal["conv", "linear", "matmul"]
@@ -53,7 +51,7 @@ def export_graph(encoder: nn.Module, image_size: int) -> onnx.ModelProto:
         encoder: ``(1, 3, image_size, image_size)`` to the embedding, in eval mode, on the CPU.
     """
     image = torch.zeros(1, 3, image_size, image_size)
-    encoder = _with_gathered_biases(encoder)
+    encoder = engine_form(encoder)
     with quiet_export(), torch.no_grad():
         program = torch.onnx.export(
             encoder,
@@ -63,8 +61,13 @@ def export_graph(encoder: nn.Module, image_size: int) -> onnx.ModelProto:
             output_names=[OUTPUT],
             external_data=False,
             verbose=False,
+            optimize=False,
         )
     assert program is not None
+    # Lookups of constants, which are the attention biases, stay what they are: expanded ones would fill the file.
+    onnxscript.optimizer.optimize_ir(
+        program.model, should_fold=lambda node: False if node.op_type == "Gather" else None
+    )
     model = onnx.shape_inference.infer_shapes(program.model_proto)
     _name_layers(model.graph)
     _drop_traces(model.graph)
@@ -81,27 +84,6 @@ def initializers(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, onnx
     """The constants of these names."""
     wanted = set(names)
     return {tensor.name: tensor for tensor in model.graph.initializer if tensor.name in wanted}
-
-
-def _with_gathered_biases(encoder: nn.Module) -> nn.Module:
-    """A copy whose attentions look their biases up while they run.
-
-    timm keeps them expanded, one for each pair of tokens of a window, which would be 40 % of an int8 file. As a lookup
-    in a small table, with one index for all windows of a size, they take 2 %; engines expand them when they compile.
-    """
-    copied = copy.deepcopy(encoder)
-    indices: dict[int, torch.Tensor] = {}
-    for module in copied.modules():
-        if isinstance(module, Attention):
-            index = indices.setdefault(len(module.attention_bias_idxs), module.attention_bias_idxs.flatten().int())
-            module.get_attention_biases = functools.partial(_gather_biases, module.attention_biases, index)
-    return copied
-
-
-def _gather_biases(table: torch.Tensor, index: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """(heads, N, N) from (heads, offsets) and the offset of each of N x N pairs; in place of timm's method."""
-    tokens = math.isqrt(len(index))
-    return table.index_select(1, index).view(len(table), tokens, tokens)
 
 
 def _layer(node: onnx.NodeProto, weights: set[str]) -> Layer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -57,12 +56,14 @@ computes it; returns the result. Left and right have the shapes that torch's fun
 class ProductMode(TorchFunctionMode):
     """While entered, every product of ``sam``'s image encoder and mask decoder goes through ``handler``.
 
-    The prompt encoder, which turns coordinates into tokens, is left alone. Fused attention is taken apart as the ONNX
-    exporter does it, with half of the scaling on either side.
+    The prompt encoder, which turns coordinates into tokens, is left alone.
 
     Args:
-        sam: what runs; products of other models must not be computed meanwhile.
+        sam: what runs, in its ``engine_form``; products of other models must not be computed meanwhile.
         handler: see ``Handler``.
+
+    Raises:
+        TypeError: if the model has fused attention, whose products cannot be seen.
     """
 
     def __init__(self, sam: Sam, handler: Handler) -> None:
@@ -94,7 +95,7 @@ class ProductMode(TorchFunctionMode):
         if self._modules and self._modules[-1][0].startswith("prompt_encoder"):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
+            raise TypeError("products within fused attention cannot be seen; give the model in its engine_form")
         if func in _WITH_WEIGHT:
             name, module = self._modules[-1]
             product = Product(name=name, kind=_WITH_WEIGHT[func], origins=(_origin(args[0]), None), module=module)
@@ -118,15 +119,6 @@ class ProductMode(TorchFunctionMode):
             name = self._modules[-1][0] + (WEIGHTS_VALUE if origins[0] == "softmax" else QUERY_KEY)
         product = Product(name=name, kind="matmul", origins=origins, module=None)
         return self._handler(product, left, right, torch.matmul)
-
-    def _attention(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor
-    ) -> torch.Tensor:
-        factor = math.sqrt(1 / math.sqrt(query.shape[-1]))
-        logits = self._matmul(query * factor, (key * factor).transpose(-2, -1))
-        weights = (logits + attn_mask).softmax(-1)
-        setattr(weights, _ORIGIN, "softmax")
-        return self._matmul(weights, value)
 
 
 def _origin(value: torch.Tensor) -> Origin | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -14,17 +13,16 @@ from segment_anything.modeling import Sam
 
 from tinysam.predictor import ResizeLongestSide, check_image
 from tinysam.quant.budget import layers_over_budget
+from tinysam.quant.engine_form import engine_form
 from tinysam.quant.errors import layer_errors
-from tinysam.quant.fold import fold_batch_norm
-from tinysam.quant.graph import WEIGHTS_VALUE, Layer, LayerKind, export_graph, find_layers
+from tinysam.quant.graph import ATTENTION_PRODUCTS, Layer, export_graph, find_layers
+from tinysam.quant.layers import DECODER, ENCODER, IS_CONSTANT, LayerReport, decoder_layers
 from tinysam.quant.observe import Range, observe
 from tinysam.quant.qdq import ActivationType, activation_steps, insert_qdq, weight_scales
 from tinysam.quant.scheme import Method, Scheme
 from tinysam.quant.search import ProductGrids, SearchConfig, find_grids
 from tinysam.runtime import EngineImageEncoder
 
-ENCODER = "image_encoder."
-"""What precedes the name of a layer in the Sam."""
 BUDGET_IMAGES = 2
 """Calibration images on which ``QuantizationConfig.max_error`` is measured."""
 
@@ -49,10 +47,11 @@ class QuantizationConfig:
     percentile: float = 99.99
     """Of the method percentile: a range covers this percentage of the values seen in calibration, and what is beyond
     is clipped. On the shipped student, 99.99 takes a sixth to a third off the embedding's error."""
-    attention_values: bool = False
-    """Quantize the products of attention weights and values as well. Softmax spreads its weights over a window's 49 to
-    256 tokens, and most get smaller than a step: of the shipped student's error in all, half would come from these few
-    products, which take the same time in bf16."""
+    attention_products: bool = False
+    """Quantize the two products of each attention as well. Engines fuse an attention that is bf16 throughout into one
+    kernel: on a processor with AMX, a vit_t whose query-key products are integers takes 9 % more time in all. And
+    softmax spreads its weights over a window's 49 to 256 tokens, so that most get smaller than a step: of the shipped
+    student's error in all, half would come from the products of weights and values."""
     float_layers: tuple[str, ...] = ()
     """Shell patterns of layers that stay in float, such as "neck.*"; calibration.json lists the layers' names."""
     max_error: float | None = None
@@ -66,7 +65,10 @@ class QuantizationConfig:
             raise ValueError(f"max_error must be positive, got {self.max_error}")
 
     def scheme(self) -> Scheme:
-        """The same for the search and the simulation: what integer kernels can do, and no more."""
+        """The same for the search and the simulation: what integer kernels can do, and no more.
+
+        Covers the mask decoder as well, for the report.
+        """
         return Scheme(
             method=self.method,
             affine=self.activations == "uint8",
@@ -74,30 +76,8 @@ class QuantizationConfig:
             per_head=False,
             per_channel_linear=True,
             percentile=self.percentile,
-            only=f"{ENCODER}*",
-            floats=() if self.attention_values else (f"*{WEIGHTS_VALUE}",),
+            floats=() if self.attention_products else tuple(f"{ENCODER}*{end}" for end in ATTENTION_PRODUCTS),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerReport:
-    """What became of a layer."""
-
-    name: str
-    kind: LayerKind
-    precision: Literal["int8", "float32"]
-    reason: str | None = None
-    """Why it stayed in float."""
-    activation_scales: tuple[float, ...] = ()
-    """Step of each of its activations."""
-    activation_zero_points: tuple[int, ...] = ()
-    """The integer that stands for 0 in each of its activations."""
-    weight_scales: tuple[float, ...] = ()
-    """Steps of its weight, one for each output channel."""
-    relative_error: float | None = None
-    """Error of its result on held-out images when only this layer is quantized; see ``layer_errors``."""
-    sensitivity: float | None = None
-    """Error of the embedding when only this layer is quantized; measured where a budget was exceeded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +90,8 @@ class QuantizedEncoder:
     """The float32 graph that it was made from."""
     layers: tuple[LayerReport, ...]
     """Every convolution, linear layer and product of activations, in the order of execution."""
+    decoder_layers: tuple[LayerReport, ...]
+    """Those of the mask decoder, which stay in float, with the errors that integers would make."""
 
     @property
     def num_int8(self) -> int:
@@ -137,7 +119,7 @@ def quantize_encoder(
 ) -> QuantizedEncoder:
     """Quantizes the image encoder of ``sam``: its convolutions, linear layers and products of activations.
 
-    BatchNorm is folded first; LayerNorm, softmax, GELU, biases and residual connections stay float. The result depends
+    BatchNorm is formed first; LayerNorm, softmax, GELU, biases and residual connections stay float. The result depends
     on the arguments alone. Memory is bounded by ``observe.GROUP_BYTES`` beside the encoder's own.
 
     Args:
@@ -159,18 +141,19 @@ def quantize_encoder(
     if not images or not held_out:
         raise QuantizationError("quantization needs at least one calibration image and one held-out image")
     threads = num_threads or torch.get_num_threads()
-    folded = fold_batch_norm(sam).requires_grad_(False)
-    float_model = export_graph(folded.image_encoder, sam.image_encoder.img_size)
+    formed = engine_form(sam).requires_grad_(False)
+    float_model = export_graph(formed.image_encoder, sam.image_encoder.img_size)
     layers = find_layers(float_model)
     inputs = [preprocess(sam, image) for image in images]
     bounds: dict[str, np.ndarray] = {}
     scheme = config.scheme()
     if scheme.searches:
-        grids = find_grids(folded, images, scheme, config.search, on_image=on_image, on_product=on_product)
+        grids = find_grids(formed, images, scheme, config.search, on_image=on_image, on_product=on_product)
         ranges, bounds = graph_ranges(layers, grids)
     else:
         tensors = list(dict.fromkeys(name for layer in layers for name in layer.inputs))
         ranges = observe(float_model, tensors, inputs, scheme.make_observer, num_threads=threads, on_image=on_image)
+        grids = find_grids(formed, images, replace(scheme, only=f"{DECODER}*"), config.search)
 
     reasons = _reasons_for_float(layers, ranges, config)
     chosen = [layer for layer in layers if layer.name not in reasons]
@@ -221,6 +204,7 @@ def quantize_encoder(
             )
             for layer in layers
         ),
+        decoder_layers=decoder_layers(formed, grids, held_out),
     )
 
 
@@ -256,9 +240,8 @@ def _reasons_for_float(
     for layer in layers:
         if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in config.float_layers):
             reasons[layer.name] = "float_layers names it"
-        elif layer.name.endswith(WEIGHTS_VALUE) and not config.attention_values:
-            reasons[layer.name] = "attention_values is off"
+        elif layer.kind == "matmul" and not config.attention_products:
+            reasons[layer.name] = "attention_products is off"
         elif any(ranges[name].bound == 0.0 for name in layer.inputs):
-            # No step can be derived from zeros alone, and one that is made up would round other images to nothing.
-            reasons[layer.name] = "an input of it is 0 on every calibration image"
+            reasons[layer.name] = IS_CONSTANT
     return reasons

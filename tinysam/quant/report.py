@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from segment_anything.modeling import Sam
 
 from tinysam.quant.agreement import compare
+from tinysam.quant.layers import ENCODER
 from tinysam.quant.quantize import QuantizedEncoder, preprocess
 from tinysam.runtime import EngineConfig, EngineImageEncoder, count_precisions, open_engine
+from tinysam.runtime.processor import has_vnni
 from tinysam.runtime.timing import interleaved_seconds
 
 LAYER_KINDS = ("Convolution", "FullyConnected", "MatMul", "QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat")
@@ -29,6 +31,8 @@ class QuantizationReport:
     precision: str
     """Its arithmetic beside the integers."""
     num_threads: int
+    vnni: bool
+    """Whether the processor that was measured on has dot products of 8-bit integers; see ``has_vnni``."""
     layers: int
     layers_int8: int
     executed_int8: int
@@ -53,6 +57,25 @@ class QuantizationReport:
     int8_ms: float
     executed: dict[str, dict[str, int]]
     """Nodes that the engine executed, by kind and precision; see ``count_precisions``."""
+
+
+def layer_table(encoder: QuantizedEncoder) -> list[dict[str, object]]:
+    """A row for each layer of encoder and mask decoder, for JSON: the largest error first, then those without one.
+
+    Keys: ``name`` (path in the Sam), ``kind``, ``precision``, ``reason`` (why it stays in float), ``activation_scales``
+    and ``activation_zero_points`` (of each activation), ``weight_scales`` (lowest and highest of its channels),
+    ``relative_error`` and ``sensitivity``; see ``LayerReport``.
+    """
+    rows = [
+        asdict(layer)
+        | {
+            "name": prefix + layer.name,
+            "weight_scales": (min(layer.weight_scales), max(layer.weight_scales)) if layer.weight_scales else (),
+        }
+        for prefix, layers in ((ENCODER, encoder.layers), ("", encoder.decoder_layers))
+        for layer in layers
+    ]
+    return sorted(rows, key=lambda row: -1.0 if row["relative_error"] is None else row["relative_error"], reverse=True)
 
 
 def measure(
@@ -101,6 +124,7 @@ def measure(
         engine=engine.name,
         precision=engine.precision,
         num_threads=engine.num_threads,
+        vnni=has_vnni(),
         layers=len(encoder.layers),
         layers_int8=encoder.num_int8,
         executed=count_precisions(executed),

@@ -103,7 +103,7 @@ def find_grids(
     made up would round other images to nothing.
 
     Args:
-        sam: on the CPU, in eval mode, with BatchNorm folded (:func:`tinysam.quant.fold.fold_batch_norm`).
+        sam: on the CPU, in eval mode, with BatchNorm folded (:func:`tinysam.quant.engine_form.engine_form`).
         images: calibration images, (H, W, 3) uint8 RGB.
         scheme: what to quantize, and how.
         config: candidates and calibration.
@@ -115,12 +115,30 @@ def find_grids(
     """
     config = config or SearchConfig()
     seen = calibrate(sam, images, scheme, config.calibration, on_image=on_image)
+    return choose_grids(seen, scheme, config, on_product=on_product)
+
+
+def choose_grids(
+    seen: Mapping[str, Seen],
+    scheme: Scheme,
+    config: SearchConfig,
+    *,
+    on_product: Callable[[str, int], None] = lambda name, count: None,
+) -> dict[str, ProductGrids]:
+    """The second half of :func:`find_grids`: schemes that differ in
+    bits, or in which of the two searches they do, can share the first.
+
+    Args:
+        seen: of ``calibrate``, with a scheme that has the same products, scales and observers as ``scheme``.
+        scheme: how to quantize.
+        config: candidates.
+        on_product: see :func:`find_grids`.
+    """
     found = {}
     for name, entry in seen.items():
         grids = _find(entry, scheme, config)
         if not grids.is_constant:
             found[name] = grids
-        entry.samples.clear()
         on_product(name, len(seen))
     return found
 
@@ -190,23 +208,6 @@ def relative_error(
     exact = sample.left @ sample.right
     rounded = _round_left(sample, families[0], factors[0]) @ _round_right(sample, families[1], factors[1])
     return float((rounded - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float32).tiny))
-
-
-def grid_table(grids: Mapping[str, ProductGrids]) -> list[dict[str, object]]:
-    """A row a product, for JSON: name, kind, grids, factors, smallest and largest scale of either side, error."""
-    rows: list[dict[str, object]] = []
-    for name, found in grids.items():
-        row: dict[str, object] = {"name": name, "kind": found.product.kind, "relative_error": found.relative_error}
-        for side, label in enumerate(("left", "right")):
-            family, factor = found.families[side], found.factors[side]
-            steps = factor * torch.maximum(-family.low, family.high) / (2 ** (family.bits - 1) - 1)
-            row |= {
-                f"{label}_grid": family.kind,
-                f"{label}_factors": [float(factor.min()), float(factor.max())],
-                f"{label}_steps": [float(steps.min()), float(steps.max())],
-            }
-        rows.append(row)
-    return rows
 
 
 def _round_left(sample: Sample, family: GridFamily, factor: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ TITLES = {
 _LOSS_COLUMNS = ("loss", "embedding", "token", "output", "focal", "dice", "iou")
 _LOSS_NAMES = {"loss": "total", "iou": "IoU"}
 _QUANTIZATION = (
-    *("bytes_int8_encoder", "bytes_float_encoder", "seconds_int8", "seconds_engine_fp32", "seconds_torch_fp32"),
+    *("bytes_int8_encoder", "bytes_float_encoder", "int8_ms", "engine_fp32_ms", "torch_fp32_ms"),
     *("mask_iou", "mask_iou_90", "layers_int8", "layers"),
 )
 _SCORE_COLUMNS = {
@@ -109,13 +109,12 @@ class Stage:
         if self.job != "quantize" or len(found) < len(_QUANTIZATION):
             return []
         size, float_size = found["bytes_int8_encoder"], found["bytes_float_encoder"]
-        seconds, float_seconds = found["seconds_int8"], found["seconds_engine_fp32"]
         return [
             ("Encoder in int8", human_bytes(size), f"{percent(size / float_size)} of {human_bytes(float_size)}"),
             (
                 "Encoder, an image",
-                f"{1000 * seconds:.0f} ms",
-                f"float {1000 * float_seconds:.0f} ms, torch {1000 * found['seconds_torch_fp32']:.0f} ms",
+                f"{found['int8_ms']:.0f} ms",
+                f"float {found['engine_fp32_ms']:.0f} ms, torch {found['torch_fp32_ms']:.0f} ms",
             ),
             (
                 "Agreement of masks",

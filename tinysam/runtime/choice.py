@@ -20,7 +20,7 @@ from tinysam.runtime.graphs import cached_graph, default_folder, identity, requi
 logger = logging.getLogger(__name__)
 
 EngineChoice = Literal["auto", "torch", "compiled", "openvino", "onnxruntime"]
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 """Raised when :func:`tinysam.quant.graph.export_graph` writes other graphs, so that cached ones are not used."""
 
 

@@ -24,7 +24,7 @@ def images() -> list[np.ndarray]:
 @pytest.fixture(scope="session")
 def everything() -> QuantizationConfig:
     """Quantizes all that can be, over the whole range seen."""
-    return QuantizationConfig(method="minmax", activations="int8", attention_values=True)
+    return QuantizationConfig(method="minmax", activations="int8", attention_products=True)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import torch
 from segment_anything.modeling import Sam
 from torch import nn
 
-from tinysam.quant.fold import fold_batch_norm
+from tinysam.quant.engine_form import engine_form
 from tinysam.quant.graph import Layer
 from tinysam.runtime import EngineConfig, open_engine
 
@@ -18,7 +18,7 @@ def test_the_graph_computes_what_the_encoder_does(tiny_sam: Sam, float_model: on
 
 
 def test_layers_are_called_like_the_modules_they_came_from(tiny_sam: Sam, layers: list[Layer]) -> None:
-    modules = dict(fold_batch_norm(tiny_sam.image_encoder).named_modules())
+    modules = dict(engine_form(tiny_sam.image_encoder).named_modules())
     convolutions = {name for name, module in modules.items() if isinstance(module, nn.Conv2d)}
     linears = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     attentions = {name for name in modules if name.endswith(".attn")}

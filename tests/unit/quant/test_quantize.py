@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -20,10 +21,13 @@ from tinysam.quant import quantize as quantize_module
 from tinysam.quant.budget import layers_over_budget
 from tinysam.quant.errors import difference
 from tinysam.quant.graph import Layer
+from tinysam.quant.layers import IS_CONSTANT
 from tinysam.quant.observe import Range
 from tinysam.quant.qdq import insert_qdq
 from tinysam.quant.quantize import preprocess
 from tinysam.quant.report import measure
+from tinysam.quant.scheme import Method
+from tinysam.quant.search import SearchConfig
 from tinysam.runtime import EngineConfig, EngineImageEncoder, open_engine
 
 ONE_THREAD = EngineConfig(engine="onnxruntime", num_threads=1)
@@ -98,12 +102,12 @@ def test_unsigned_activations_make_finer_steps_behind_a_gelu(
     assert embedding_error(tiny_sam, unsigned, images[3]) < embedding_error(tiny_sam, quantized, images[3])
 
 
-def test_attention_weights_stay_float_unless_asked_for(
+def test_the_products_of_attentions_stay_float_unless_asked_for(
     quantize: Callable[[QuantizationConfig], QuantizedEncoder],
 ) -> None:
     encoder = quantize(QuantizationConfig())
     floats = {layer.name for layer in encoder.layers if layer.precision == "float32"}
-    assert floats == {layer.name for layer in encoder.layers if layer.name.endswith(".weights_value")}
+    assert floats == {layer.name for layer in encoder.layers if layer.kind == "matmul"}
     assert floats
 
 
@@ -131,6 +135,30 @@ def test_an_input_that_is_always_zero_keeps_its_layer_float(
     encoder = quantize(everything)
     floats = {layer.name: layer.reason for layer in encoder.layers if layer.precision == "float32"}
     assert floats == {layer.name: "an input of it is 0 on every calibration image" for layer in layers[4:5]}
+
+
+@pytest.mark.parametrize("method", ["hessian", "minmax"])
+def test_a_layer_behind_one_that_gives_zeros_alone_stays_float(
+    method: Method, tiny_sam: Sam, images: list[np.ndarray]
+) -> None:
+    dead = copy.deepcopy(tiny_sam)
+    silent = dead.image_encoder.backbone.stages[1].blocks[0].mlp.fc1
+    for parameter in (silent.weight, silent.bias, dead.mask_decoder.transformer.layers[0].mlp.lin1.weight):
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.constant_(dead.mask_decoder.transformer.layers[0].mlp.lin1.bias, -1.0)  # before a ReLU
+    config = QuantizationConfig(method=method, search=SearchConfig(candidates=2, rounds=1))
+    encoder = quantize_encoder(dead, images[:1], images[3:4], config, num_threads=1)
+    constant = [layer.name for layer in (*encoder.layers, *encoder.decoder_layers) if layer.reason == IS_CONSTANT]
+    assert constant == ["backbone.stages.1.blocks.0.mlp.fc2", "mask_decoder.transformer.layers.0.mlp.lin2"]
+    assert embedding_error(dead, encoder, images[4]) < 0.05
+
+
+def test_onnxruntime_runs_linear_layers_and_products_of_activations_on_integers(quantized: QuantizedEncoder) -> None:
+    executed = open_engine(quantized.model.SerializeToString(), ONE_THREAD).executed_layers()
+    on_integers = {layer.name for layer in executed if layer.is_integer}
+    kinds = {layer.kind for layer in executed if layer.is_integer}
+    assert kinds <= {"MatMulIntegerToFloat", "QLinearMatMul"}
+    assert {layer.name for layer in quantized.layers if layer.kind != "conv"} <= on_integers
 
 
 def test_a_budget_keeps_the_worst_layers_float_and_as_few_as_suffice(

@@ -12,14 +12,15 @@ from segment_anything.modeling import Sam
 
 from tinysam.quant import QuantizationConfig, QuantizedEncoder, quantize_encoder
 from tinysam.quant.calibrate import CalibrationConfig
+from tinysam.quant.engine_form import engine_form
 from tinysam.quant.errors import difference
-from tinysam.quant.fold import fold_batch_norm
 from tinysam.quant.grids import GridFamily
+from tinysam.quant.layers import simulated_errors
 from tinysam.quant.products import MASKS
 from tinysam.quant.quantize import preprocess
 from tinysam.quant.samples import Sample
 from tinysam.quant.scheme import Method, Scheme
-from tinysam.quant.search import ProductGrids, SearchConfig, find_grids, grid_table, search
+from tinysam.quant.search import ProductGrids, SearchConfig, find_grids, search
 from tinysam.quant.simulate import simulated
 from tinysam.runtime import EngineConfig, open_engine
 
@@ -27,19 +28,19 @@ QUICK = SearchConfig(candidates=12, rounds=2, calibration=CalibrationConfig(rows
 
 
 @pytest.fixture(scope="module")
-def folded(tiny_sam: Sam) -> Sam:
-    return fold_batch_norm(tiny_sam).requires_grad_(False)
+def formed(tiny_sam: Sam) -> Sam:
+    return engine_form(tiny_sam).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
-def paper(folded: Sam, images: list[np.ndarray]) -> dict[str, ProductGrids]:
+def paper(formed: Sam, images: list[np.ndarray]) -> dict[str, ProductGrids]:
     """The paper's scheme."""
-    return find_grids(folded, images[:2], Scheme(), QUICK)
+    return find_grids(formed, images[:2], Scheme(), QUICK)
 
 
 @pytest.fixture(scope="module")
 def searched_config() -> QuantizationConfig:
-    return QuantizationConfig(method="hessian", search=QUICK, attention_values=True)
+    return QuantizationConfig(method="hessian", search=QUICK, attention_products=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +48,19 @@ def searched(tiny_sam: Sam, images: list[np.ndarray], searched_config: Quantizat
     return quantize_encoder(tiny_sam, images[:2], images[3:4], searched_config, num_threads=1)
 
 
-def test_every_layer_and_every_product_of_activations_is_covered(folded: Sam, paper: dict[str, ProductGrids]) -> None:
+def test_every_layer_and_every_product_of_activations_is_covered(formed: Sam, paper: dict[str, ProductGrids]) -> None:
     weighted = {
         name
-        for name, module in folded.named_modules()
+        for name, module in formed.named_modules()
         if isinstance(module, torch.nn.Linear | torch.nn.Conv2d | torch.nn.ConvTranspose2d)
         and not name.startswith("prompt_encoder.")
     }
-    attentions = {name for name, module in folded.named_modules() if type(module).__name__ == "Attention"}
+    attentions = {name for name, module in formed.named_modules() if type(module).__name__.endswith("Attention")}
     products = {name + end for name in attentions for end in (".query_key", ".weights_value")}
     assert paper.keys() == weighted | products | {MASKS}
 
 
-def test_scales_are_as_many_as_the_paper_has(folded: Sam, paper: dict[str, ProductGrids]) -> None:
+def test_scales_are_as_many_as_the_paper_has(formed: Sam, paper: dict[str, ProductGrids]) -> None:
     attention = paper["mask_decoder.transformer.layers.0.self_attn.query_key"]
     assert [family.cells for family in attention.families] == [8, 8]
     assert [family.cells for family in paper["image_encoder.neck.2"].families] == [1, 32]
@@ -147,71 +148,87 @@ def test_each_channel_gets_the_scale_that_a_search_of_it_alone_finds(outlier: Sa
         assert errors[0] <= errors[1]
 
 
-def test_the_search_is_deterministic(folded: Sam, images: list[np.ndarray], paper: dict[str, ProductGrids]) -> None:
-    assert grid_table(find_grids(folded, images[:2], Scheme(), QUICK)) == grid_table(paper)
+def test_the_search_is_deterministic(formed: Sam, images: list[np.ndarray], paper: dict[str, ProductGrids]) -> None:
+    again = find_grids(formed, images[:2], Scheme(), QUICK)
+    assert again.keys() == paper.keys()
+    for name, found in again.items():
+        assert all(torch.equal(a, b) for a, b in zip(found.factors, paper[name].factors, strict=True)), name
+        assert found.relative_error == paper[name].relative_error
 
 
-def test_a_search_says_how_far_it_is(folded: Sam, images: list[np.ndarray]) -> None:
+def test_a_search_says_how_far_it_is(formed: Sam, images: list[np.ndarray]) -> None:
     seen: list[tuple[str, int]] = []
     scheme = Scheme(only="image_encoder.neck.*")
-    find_grids(folded, images[:1], scheme, QUICK, on_product=lambda name, count: seen.append((name, count)))
+    find_grids(formed, images[:1], scheme, QUICK, on_product=lambda name, count: seen.append((name, count)))
     assert seen == [("image_encoder.neck.0", 2), ("image_encoder.neck.2", 2)]
 
 
-def test_products_named_as_floats_stay_as_they_are(folded: Sam, images: list[np.ndarray]) -> None:
-    grids = find_grids(folded, images[:1], Scheme(method="minmax", floats=("mask_decoder.*", "*.attn.*")))
+def test_products_named_as_floats_stay_as_they_are(formed: Sam, images: list[np.ndarray]) -> None:
+    grids = find_grids(formed, images[:1], Scheme(method="minmax", floats=("mask_decoder.*", "*.attn.*")))
     assert grids
     assert not any(name.startswith("mask_decoder.") or ".attn." in name for name in grids)
 
 
-def test_fewer_bits_and_a_worse_method_have_larger_errors(folded: Sam, images: list[np.ndarray]) -> None:
-    image = torch.from_numpy(preprocess(folded, images[3]))
+def test_fewer_bits_and_a_worse_method_have_larger_errors(formed: Sam, images: list[np.ndarray]) -> None:
+    image = torch.from_numpy(preprocess(formed, images[3]))
     with torch.no_grad():
-        expected = folded.image_encoder(image).numpy()
+        expected = formed.image_encoder(image).numpy()
 
     def error(method: Method, bits: int) -> float:
         scheme = Scheme(method=method, weight_bits=bits, activation_bits=bits, only="image_encoder.*")
-        with simulated(folded, find_grids(folded, images[:2], scheme, QUICK)) as sam:
+        with simulated(formed, find_grids(formed, images[:2], scheme, QUICK)) as sam:
             return difference(expected, sam.image_encoder(image).numpy()).relative_error
 
     assert error("hessian", 8) < error("hessian", 6)
     assert error("mse", 6) < error("minmax", 6)
 
 
-def test_leaving_the_simulation_leaves_nothing_behind(folded: Sam, paper: dict[str, ProductGrids]) -> None:
+def test_leaving_the_simulation_leaves_nothing_behind(formed: Sam, paper: dict[str, ProductGrids]) -> None:
     image = torch.rand(1, 3, 128, 128)
     with torch.no_grad():
-        before = folded.image_encoder(image)
-        with simulated(folded, paper) as sam:
+        before = formed.image_encoder(image)
+        with simulated(formed, paper) as sam:
             assert not torch.equal(sam.image_encoder(image), before)
-        assert torch.equal(folded.image_encoder(image), before)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in folded.modules())
+        assert torch.equal(formed.image_encoder(image), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in formed.modules())
+
+
+def test_each_layer_of_the_simulation_gets_wrong_what_that_of_the_integer_graph_does(
+    formed: Sam, images: list[np.ndarray], searched: QuantizedEncoder, searched_config: QuantizationConfig
+) -> None:
+    simulated_alone = simulated_errors(
+        formed, find_grids(formed, images[:2], searched_config.scheme(), QUICK), images[3:4]
+    )
+    for layer in searched.layers:
+        _, error = simulated_alone[f"image_encoder.{layer.name}"]
+        assert error is not None
+        assert layer.relative_error == pytest.approx(error.relative_error, rel=0.02), layer.name
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_the_simulation_equals_the_integer_graph_within_rounding(
+def test_the_simulation_loses_as_much_as_the_integer_graph(
     engine: str,
-    folded: Sam,
+    formed: Sam,
     images: list[np.ndarray],
     searched: QuantizedEncoder,
     searched_config: QuantizationConfig,
 ) -> None:
-    array = preprocess(folded, images[3])
-    with simulated(folded, find_grids(folded, images[:2], searched_config.scheme(), QUICK)) as sam:
-        expected = sam.image_encoder(torch.from_numpy(array)).numpy()
+    array = preprocess(formed, images[3])
+    with simulated(formed, find_grids(formed, images[:2], searched_config.scheme(), QUICK)) as sam:
+        simulation = sam.image_encoder(torch.from_numpy(array)).numpy()
     config = EngineConfig(engine=engine, num_threads=1, precision="fp32")
     actual, exact = (
         open_engine(model.SerializeToString(), config).run(array) for model in (searched.model, searched.float_model)
     )
-    # A value on the edge between two integers may fall on either side of it, in a few places.
-    gap, loss = (difference(other, actual).relative_error for other in (expected, exact))
-    assert gap < 0.25 * loss
+    # The embeddings themselves may differ: one value on the edge between two integers moves others over theirs.
+    losses = [difference(exact, embedding).relative_error for embedding in (simulation, actual)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.15)
 
 
 def test_the_graph_has_the_searched_scales(
-    folded: Sam, images: list[np.ndarray], searched: QuantizedEncoder, searched_config: QuantizationConfig
+    formed: Sam, images: list[np.ndarray], searched: QuantizedEncoder, searched_config: QuantizationConfig
 ) -> None:
-    grids = find_grids(folded, images[:2], searched_config.scheme(), QUICK)
+    grids = find_grids(formed, images[:2], searched_config.scheme(), QUICK)
     for layer in searched.layers:
         found = grids[f"image_encoder.{layer.name}"]
         scale = found.grid(0).scale  # type: ignore[attr-defined]

@@ -143,9 +143,9 @@ def make_stages(tmp_path: Path) -> Callable[[], dict[str, Path]]:
                 "bytes_int8_encoder": 2 << 20,
                 "mask_iou": 0.9712,
                 "mask_iou_90": 0.95,
-                "seconds_torch_fp32": 0.2,
-                "seconds_engine_fp32": 0.1,
-                "seconds_int8": 0.05,
+                "torch_fp32_ms": 200.0,
+                "engine_fp32_ms": 100.0,
+                "int8_ms": 50.0,
             },
         ).write(str(folders["quantized"]))
         models = {"demo_teacher": 0.9, "demo_student": 0.8}
