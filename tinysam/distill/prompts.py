@@ -29,8 +29,9 @@ class PromptConfig:
     """Corners move by up to this share of the box's sides (our choice)."""
     max_rounds: int = 9
     """A step refines its prompts between 0 and this many times, uniformly (paper)."""
-    policy: Literal["tinysam", "sam"] = "tinysam"
-    """``tinysam``: next points from what the student misses, positive. ``sam``: from all errors, with both labels."""
+    policy: Literal["tinysam", "sam"] = "sam"
+    """``sam``: next points from all errors, with both labels. ``tinysam``: from what the student misses, positive
+    (paper), which leaves it bad at corrections that take away (docs/BENCHMARKS.md)."""
     mask_prompt_probability: float = 0.5
     """Chance that a refinement also sees the logits before it, as SAM's predictor may feed them (our choice)."""
 
