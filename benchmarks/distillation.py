@@ -94,6 +94,7 @@ def rows(config: DistillationBenchmark) -> dict[str, tuple[str, ...]]:
         "ground truth only": {
             **{f"losses.{term}": "0" for term in ("output", "embedding", "token")},
             "prompts.max-rounds": "0",
+            "prompts.policy": "tinysam",
             "losses.hard-mask-weight": "False",
         },
         "+ output": {"losses.output": "1"},
