@@ -41,7 +41,7 @@ from tinysam.eval.detections import read_detections, read_results, write_detecti
 from tinysam.eval.ground_truth import NO_CATEGORY, Objects, coco_image_ids, read_objects
 from tinysam.eval.image import TASKS, Task
 from tinysam.eval.lvis import LvisError, read_lvis, require_lvis
-from tinysam.eval.reduce import Lvis, Reduction, reduce_scores
+from tinysam.eval.reduce import Lvis, Reduction, read_scores, reduce_scores
 from tinysam.eval.results import dataset_results, to_markdown
 from tinysam.eval.rows import SCORES, to_row
 from tinysam.everything import HierarchicalConfig
@@ -349,7 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for label in models:
         error_console.print(f"reducing the scores of {label}", highlight=False)
         reductions[label] = reduce_scores(
-            join(config.output, label),
+            *read_scores(join(config.output, label)),
             max_detections=config.max_detections,
             bootstrap_samples=config.bootstrap_samples,
             ap_bootstrap_samples=config.ap_bootstrap_samples,

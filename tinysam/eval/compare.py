@@ -10,7 +10,7 @@ from segment_anything.modeling import Sam
 
 from tinysam.eval.ground_truth import read_objects
 from tinysam.eval.image import EvalConfig, evaluate_image
-from tinysam.eval.reduce import Reduction, annotations_by_image, reduce_rows
+from tinysam.eval.reduce import Reduction, annotations_by_image, reduce_scores
 from tinysam.eval.rows import SCORES, to_row
 from tinysam.lake import schema
 from tinysam.lake.images import ImageError, decode_image
@@ -22,7 +22,6 @@ def compare_models(
     index: Sequence[Mapping[str, Any]],
     config: EvalConfig,
     *,
-    max_detections: int = 100,
     on_image: Callable[[], None] = lambda: None,
 ) -> dict[str, Reduction]:
     """Scores each model on each image, as ``pipelines/evaluate.py`` does on many machines.
@@ -31,7 +30,6 @@ def compare_models(
         models: by label, in eval mode.
         index: rows of the lake's index, with annotations or with SA-1B's JSON files beside the images.
         config: what is measured.
-        max_detections: see ``average_precision``.
         on_image: called after each image.
 
     Returns:
@@ -59,10 +57,8 @@ def compare_models(
             rows[label].append(row)
         on_image()
     return {
-        label: reduce_rows(
-            pa.Table.from_pylist(found, schema=SCORES).to_pylist(),
-            lambda: annotations_by_image(index),
-            max_detections=max_detections,
+        label: reduce_scores(
+            pa.Table.from_pylist(found, schema=SCORES).to_pylist(), lambda: annotations_by_image(index)
         )
         for label, found in rows.items()
     }

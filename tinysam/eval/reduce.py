@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tinysam.eval.average_precision import average_precision
@@ -49,38 +50,19 @@ class Reduction:
     """All images by status."""
 
 
-def reduce_scores(
-    folder_url: str,
-    *,
-    max_detections: int = 100,
-    bootstrap_samples: int = 1000,
-    ap_bootstrap_samples: int = 100,
-    lvis: Lvis | None = None,
-) -> Reduction:
-    """Reduces the output of one checkpoint.
+def read_scores(folder_url: str) -> tuple[Iterator[dict[str, Any]], Callable[[], dict[str, list[dict[str, Any]]]]]:
+    """What ``reduce_scores`` takes, from the output of one checkpoint; both read when they are asked.
 
     Args:
         folder_url: with ``shards/`` (rows of ``tinysam.eval.rows.SCORES``) and the ``index.parquet`` of the run.
-        max_detections: see ``average_precision``.
-        bootstrap_samples: resamplings of the means.
-        ap_bootstrap_samples: resamplings of AP.
-        lvis: LVIS's definition of AP instead of COCO's, to which the two arguments before do not apply.
 
     Raises:
-        LakeError: if a file cannot be read.
-        LvisError: if ``lvis`` is asked for and lvis-api is not installed.
+        LakeError: from either, if a file cannot be read.
     """
-    return reduce_rows(
-        _rows(folder_url),
-        lambda: _annotations(folder_url),
-        max_detections=max_detections,
-        bootstrap_samples=bootstrap_samples,
-        ap_bootstrap_samples=ap_bootstrap_samples,
-        lvis=lvis,
-    )
+    return _rows(folder_url), partial(_annotations, folder_url)
 
 
-def reduce_rows(
+def reduce_scores(
     rows: Iterable[Mapping[str, Any]],
     annotations: Callable[[], Mapping[str, list[dict[str, Any]]]],
     *,
@@ -89,11 +71,16 @@ def reduce_rows(
     ap_bootstrap_samples: int = 100,
     lvis: Lvis | None = None,
 ) -> Reduction:
-    """Reduces rows of ``tinysam.eval.rows.SCORES``; the other arguments are those of ``reduce_scores``.
+    """Reduces the scores of one checkpoint.
 
     Args:
-        rows: one an image.
+        rows: of ``tinysam.eval.rows.SCORES``, one an image.
         annotations: gives COCO annotations by ``image_id``, crowds included, if AP is computed; see ``coco_dataset``.
+        max_detections: see ``average_precision``.
+        bootstrap_samples: resamplings of the means.
+        ap_bootstrap_samples: resamplings of AP.
+        lvis: LVIS's definition of AP instead of COCO's, to which ``max_detections`` and ``ap_bootstrap_samples`` do
+            not apply.
 
     Raises:
         LvisError: if ``lvis`` is asked for and lvis-api is not installed.

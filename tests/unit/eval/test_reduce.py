@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from tinysam.eval.masks import to_rles
-from tinysam.eval.reduce import reduce_scores
+from tinysam.eval.reduce import read_scores, reduce_scores
 from tinysam.eval.rows import SCORES
 from tinysam.lake import schema
 from tinysam.lake.filesystem import join
@@ -73,7 +73,7 @@ def test_rows_become_metrics_of_both_protocols(tmp_path):
         {"image_id": "d", "uri": "d", "status": "ok", "height": 5, "width": 5},
     ]
     save(str(tmp_path), rows)
-    reduction = reduce_scores(str(tmp_path), ap_bootstrap_samples=2)
+    reduction = reduce_scores(*read_scores(str(tmp_path)), ap_bootstrap_samples=2)
     assert reduction.statuses == {"ok": 3, "truncated": 1}
     assert (reduction.images, reduction.without_ground_truth) == (2, 1)
     metrics = reduction.metrics
@@ -99,7 +99,8 @@ def test_a_mask_in_a_crowd_is_no_mistake(tmp_path):
     save(str(tmp_path / "with"), [row], {"a": [crowd, own]})
     save(str(tmp_path / "without"), [row], {"a": [own]})
     with_crowd, without = (
-        reduce_scores(str(tmp_path / name), ap_bootstrap_samples=0).metrics["ap"].value for name in ("with", "without")
+        reduce_scores(*read_scores(str(tmp_path / name)), ap_bootstrap_samples=0).metrics["ap"].value
+        for name in ("with", "without")
     )
     assert with_crowd == pytest.approx(1)
     assert without == pytest.approx(0.5)
@@ -109,16 +110,16 @@ def test_masks_are_ranked_by_the_detectors_score(tmp_path):
     right, wrong = counts(0, 10), counts(20, 30)
     rows = [scored("a", [right], [prediction(wrong, wrong, 0.4), prediction(right, right, 0.6)])]
     save(str(tmp_path), rows)
-    assert reduce_scores(str(tmp_path), ap_bootstrap_samples=0).metrics["ap"].value == pytest.approx(1)
+    assert reduce_scores(*read_scores(str(tmp_path)), ap_bootstrap_samples=0).metrics["ap"].value == pytest.approx(1)
 
 
 def test_a_box_of_an_unknown_category_is_a_mistake_of_its_own(tmp_path):
     right = counts(0, 10)
     rows = [scored("a", [right], [prediction(right, right, 0.9, category_id=77), prediction(right, right, 0.5)])]
     save(str(tmp_path), rows)
-    assert reduce_scores(str(tmp_path), ap_bootstrap_samples=0).metrics["ap"].value == pytest.approx(1)
+    assert reduce_scores(*read_scores(str(tmp_path)), ap_bootstrap_samples=0).metrics["ap"].value == pytest.approx(1)
 
 
 def test_an_output_without_rows_has_no_metrics(tmp_path):
-    reduction = reduce_scores(str(tmp_path))
+    reduction = reduce_scores(*read_scores(str(tmp_path)))
     assert (reduction.metrics, reduction.images, reduction.statuses) == ({}, 0, {})
