@@ -60,7 +60,7 @@ class EverythingBenchmark:
     """Of this project's variants; the reference runs on torch."""
 
     points_per_side: int = 32
-    """Of the flat grid and of the hierarchical mode's second round."""
+    """Of the flat grid and of the hierarchical mode's last round."""
 
     variants: tuple[str, ...] = VARIANTS
     """What to run: segment-anything, or a grid (flat, or a preset of the hierarchical mode) and a precision. The first

@@ -89,10 +89,10 @@ TABLES: dict[str, Columns] = {
     },
     "predictor": {
         "variant": text("variant"),
-        "set_image, ms": number("set_image_seconds", ".0f", 1000),
+        "set_image, CPU ms": number("set_image_cpu_seconds", ".0f", 1000),
         "speed-up": number("set_image_speedup", ".1f"),
-        "a point, ms": number("point_seconds", ".0f", 1000),
-        "a box, ms": number("box_seconds", ".0f", 1000),
+        "a point, CPU ms": number("point_cpu_seconds", ".0f", 1000),
+        "a box, CPU ms": number("box_cpu_seconds", ".0f", 1000),
         "speed-up of a box": number("box_speedup", ".1f"),
         "IoU": number("iou", ".4f"),
     },

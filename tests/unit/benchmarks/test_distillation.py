@@ -28,6 +28,7 @@ def test_each_row_adds_its_part_to_the_row_above() -> None:
         )
         for name, job in jobs.items()
     }
+    assert {job.prompts.policy for job in jobs.values()} == {"tinysam"}, "the paper's prompts are what is measured"
     assert list(parts.values()) == [
         (False, False, False, 0, False, 0),
         (True, False, False, 0, False, 0),
