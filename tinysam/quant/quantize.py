@@ -119,7 +119,7 @@ def quantize_encoder(
 ) -> QuantizedEncoder:
     """Quantizes the image encoder of ``sam``: its convolutions, linear layers and products of activations.
 
-    BatchNorm is formed first; LayerNorm, softmax, GELU, biases and residual connections stay float. The result depends
+    BatchNorm is folded first; LayerNorm, softmax, GELU, biases and residual connections stay float. The result depends
     on the arguments alone. Memory is bounded by ``observe.GROUP_BYTES`` beside the encoder's own.
 
     Args:

@@ -103,7 +103,7 @@ def find_grids(
     made up would round other images to nothing.
 
     Args:
-        sam: on the CPU, in eval mode, with BatchNorm folded (:func:`tinysam.quant.engine_form.engine_form`).
+        sam: on the CPU, in eval mode, in its :func:`tinysam.quant.engine_form.engine_form`.
         images: calibration images, (H, W, 3) uint8 RGB.
         scheme: what to quantize, and how.
         config: candidates and calibration.
@@ -125,8 +125,8 @@ def choose_grids(
     *,
     on_product: Callable[[str, int], None] = lambda name, count: None,
 ) -> dict[str, ProductGrids]:
-    """The second half of :func:`find_grids`: schemes that differ in
-    bits, or in which of the two searches they do, can share the first.
+    """The second half of :func:`find_grids`: schemes that differ in bits, or in which of the two searches they do, can
+    share the first.
 
     Args:
         seen: of ``calibrate``, with a scheme that has the same products, scales and observers as ``scheme``.
