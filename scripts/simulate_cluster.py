@@ -210,12 +210,17 @@ def simulate(load: Workload) -> Outcome:
                 begin(worker, now)
         else:
             losses += 1
-            begun = compute[shard] if computed[worker] else now - since[worker] if doing[worker] == "computing" else 0.0
+            begun = 0.0  # seconds of the shard in hand
+            if computed[worker]:
+                begun = compute[shard]
+            elif doing[worker] == "computing":
+                begun = now - since[worker]
             turn_to(worker, now, "missing")
-            lost = {other: seconds for other, seconds in ((shard, begun), (writing[worker], None)) if other is not None}
+            lost = {} if shard is None else {shard: begun}
+            if (other := writing[worker]) is not None:
+                lost[other] = compute[other]
             for other, seconds in lost.items():
                 todo.append(other)
-                seconds = compute[other] if seconds is None else seconds
                 spent["computing"] -= seconds
                 spent["wasted"] += seconds
             in_hand[worker], computed[worker], writing[worker] = None, False, None
