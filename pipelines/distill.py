@@ -120,11 +120,12 @@ class DistillConfig:
     def identity(self) -> dict[str, Any]:
         """What two runs have in common of which one may continue the other; models go by their content."""
         names = (
-            *("cache", "repeat", "limit", "fresh", "init_decoder", "trainer", "optimizer", "losses", "prompts"),
-            *("samples", "teacher_masks", "mining"),
+            *("cache", "repeat", "limit", "fresh", "init_decoder", "optimizer", "losses", "prompts", "samples"),
+            *("teacher_masks", "mining"),
         )
         student = self.student if is_untrained(self.student) else weights_sha256(self.student)
-        return {"student": student, **{name: getattr(self, name) for name in names}}
+        decisive = {name: getattr(self, name) for name in names}
+        return {"student": student, "trainer": self.trainer.decisive(), **decisive}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

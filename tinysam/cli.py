@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except commands.expected_errors() as error:
         _complain(error)
         return EXIT_ERROR
+    except MemoryError as error:
+        _complain(f"out of memory ({error}); a smaller image, or fewer points, need less")
+        return EXIT_ERROR
     return EXIT_OK
 
 
@@ -215,7 +218,7 @@ def _numbers(count: int, form: str) -> Callable[[str], tuple[float, ...]]:
     return parse
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: Exception | str) -> None:
     sys.stderr.write(f"tinysam: error: {error}\n")
 
 

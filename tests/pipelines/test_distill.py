@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,13 @@ def test_a_truncated_shard_stops_the_run_by_name_and_leaves_what_was_there(
     with pytest.raises(LakeError, match=r"shard-1\.parquet"):
         distill.main(job(cache=broken))
     assert not exists(str(tmp_path / "student" / "student.safetensors"))
+
+
+def test_how_often_a_run_reports_and_what_it_recomputes_may_change_when_it_goes_on() -> None:
+    config = distill.DistillConfig(cache=("cache",), output="out", student="vit_t")
+    reports = replace(config.trainer, log_every_s=1.0, checkpoint_every_s=5.0, recompute="all")
+    assert replace(config, trainer=reports).identity() == config.identity()
+    assert replace(config, trainer=replace(config.trainer, seed=1)).identity() != config.identity()
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,13 @@ def test_a_failure_ends_with_code_1_and_no_traceback(
     assert "Traceback" not in shown
 
 
+def test_a_grid_that_no_memory_holds_ends_without_a_traceback(
+    photo: Path, checkpoint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["everything", str(photo), "--model", checkpoint, "--points-per-side", "10000000"]) == EXIT_ERROR
+    assert "out of memory" in capsys.readouterr().err
+
+
 def test_segment_gives_the_predictors_best_mask(
     photo: Path, checkpoint: str, tiny_sam: Sam, capsys: pytest.CaptureFixture[str]
 ) -> None:

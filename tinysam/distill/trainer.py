@@ -7,8 +7,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -66,6 +66,13 @@ class TrainerConfig:
         for name in ("loader_processes", "log_every_s", "checkpoint_every_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide about the student: all but those that change memory and reports alone."""
+        options = asdict(self)
+        for name in ("recompute", "log_every_s", "checkpoint_every_s"):
+            del options[name]
+        return options
 
 
 class NonFiniteLossError(FloatingPointError):
