@@ -4,8 +4,9 @@
 
 Each leaves a JSON file in ``benchmarks/results``, with its command, the machine and the versions, of which
 ``python -m benchmarks.tables`` makes the tables of the pages. Without photographs and a lake, a photograph of
-scikit-image and synthetic scenes in ``benchmarks/data`` are used. The ablation of the recipe takes hours and has no
-such default: it is run where ``--cache`` and ``--validation-cache`` are given. Run all of it on an idle machine.
+scikit-image and synthetic scenes in ``benchmarks/data`` are used. What takes longest has no such default: the ways to
+find scales are compared where ``--calibration`` and ``--lake`` are given, and the recipe's parts where ``--cache`` and
+``--validation-cache`` are. Run all of it on an idle machine.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ Name = Literal[
     "everything",
     "rounds",
     "quantization",
+    "scales",
+    "integer_scales",
     "codecs",
     "planning",
     "driving",
@@ -48,6 +51,10 @@ class Benchmarks:
     """What everything mode is timed on. Large ones show more: work at the original resolution grows with them."""
     lake: str | None = None
     """Images with ground truth in SA-1B's layout, on which quality is measured."""
+    annotations: str | None = None
+    """COCO file of that ground truth; None: SA-1B's JSON files."""
+    calibration: str | None = None
+    """Images that scales are found on."""
     cache: tuple[str, ...] = ()
     """Outputs of pipelines/cache_teacher.py, for the codecs and the ablation."""
     validation_cache: tuple[str, ...] = ()
@@ -58,21 +65,39 @@ class Benchmarks:
     """Folder of the results."""
 
     def __post_init__(self) -> None:
-        if "distillation" in self.only and not (self.cache and self.validation_cache):
-            raise ValueError("distillation needs --cache and --validation-cache")
+        for name in self.only:
+            if self._lacks(name):
+                raise ValueError(f"{name} needs {self._lacks(name)}")
 
     @property
     def chosen(self) -> tuple[Name, ...]:
         """In the order of ``Name``."""
         wanted = self.only or get_args(Name)
-        ready = bool(self.cache and self.validation_cache)
-        return tuple(name for name in get_args(Name) if name in wanted and (ready or name != "distillation"))
+        return tuple(name for name in get_args(Name) if name in wanted and not self._lacks(name))
+
+    def _lacks(self, name: Name) -> str:
+        """The options that a benchmark needs and has not got."""
+        if name == "distillation" and not (self.cache and self.validation_cache):
+            return "--cache and --validation-cache"
+        if name in ("scales", "integer_scales") and not (self.calibration and self.lake):
+            return "--calibration and --lake"
+        return ""
 
 
 def commands(config: Benchmarks, lake: str, cache: tuple[str, ...]) -> dict[Name, list[str]]:
     """The module of each benchmark and its arguments, as the tables show them."""
     chosen = config.photographs or tuple(path for path in photographs() if path.name == "astronaut.png")
     min_iou, min_stability = SHIPPED_THRESHOLDS  # at SAM's own, the shipped student's masks are all dropped
+    truth = ["--lake", lake, *(["--annotations", config.annotations] if config.annotations else [])]
+    accuracy = [
+        "--measure",
+        "accuracy",
+        "--checkpoint",
+        "demo_student",
+        "--calibration",
+        str(config.calibration),
+        *truth,
+    ]
     return {
         "predictor": ["predictor", "--checkpoint", "vit_t"],
         # Random weights of TinySAM's own shape cost what trained ones do, once their masks look like masks.
@@ -81,10 +106,12 @@ def commands(config: Benchmarks, lake: str, cache: tuple[str, ...]) -> dict[Name
             *("--points-per-side", "24", "--repeats", "1"),
         ],
         "rounds": [
-            *("rounds", "--lake", lake, "--images", str(SCENES), "--pred-iou-thresh", str(min_iou)),
+            *("rounds", *truth, "--images", str(SCENES), "--pred-iou-thresh", str(min_iou)),
             *("--stability-score-thresh", str(min_stability)),
         ],
         "quantization": ["quantization", "--checkpoint", "vit_t"],
+        "scales": ["quantization", *accuracy, "--checkpoint", "demo_student"],
+        "integer_scales": ["quantization", *accuracy, "--checkpoint", "demo_student", "--form", "integer"],
         "codecs": ["codecs", "--cache", *cache, "--images", str(SCENES)],
         "planning": ["pipelines", "planning"],
         "driving": ["pipelines", "driving"],

@@ -4,16 +4,16 @@
     python -m benchmarks.quantization --measure accuracy --checkpoint demo_student --calibration images --lake val
 
 Speed: the image encoder in eager float32 torch, and on OpenVINO in float32 and in int8, in turns; medians. Accuracy:
-each method at W8A8 and W6A6 over several draws of calibration images, simulated in torch on encoder and mask decoder:
-box mIoU with ground truth, and IoU with the float model's masks for the same boxes.
+each method at W8A8 and W6A6 over several draws of calibration images, simulated in torch, in the paper's form or in
+that of the integer graphs: box mIoU with ground truth, and IoU with the float model's masks for the same boxes.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +39,7 @@ from tinysam.quant import QuantizationConfig, quantize_encoder, with_encoder
 from tinysam.quant.calibrate import CalibrationConfig, calibrate
 from tinysam.quant.engine_form import engine_form
 from tinysam.quant.folder import stored_weights
+from tinysam.quant.layers import ENCODER
 from tinysam.quant.quantize import preprocess
 from tinysam.quant.scheme import METHODS, Method, Scheme
 from tinysam.quant.search import SearchConfig, choose_grids
@@ -76,8 +77,9 @@ class QuantizationBenchmark:
     """Ways to find scales."""
     bits: tuple[int, ...] = (8, 6)
     """Of weights and activations."""
-    affine: bool = False
-    """Activations with a zero point instead of the paper's symmetric grids."""
+    form: Literal["paper", "integer"] = "paper"
+    """What is rounded, and how finely. paper: every product of encoder and decoder, with scales for each head and two
+    ranges. integer: what pipelines/quantize.py makes of the encoder, one scale for each activation."""
     rows: int = 512
     """Output positions that a search evaluates."""
     repeats: int = 9
@@ -159,7 +161,7 @@ def accuracy(config: QuantizationBenchmark, console: Console) -> list[dict[str, 
         images = [decode_image(read_image_bytes(row)) for row in index.take(chosen).to_pylist()]
         for methods in (SEARCHED, *((method,) for method in config.methods if method not in SEARCHED)):
             schemes = [
-                Scheme(method=method, weight_bits=bits, activation_bits=bits, affine=config.affine)
+                scheme_of(config, method, bits)
                 for bits in config.bits
                 for method in methods
                 if method in config.methods
@@ -178,13 +180,36 @@ def accuracy(config: QuantizationBenchmark, console: Console) -> list[dict[str, 
                 row = {"bits": scheme.weight_bits, "method": scheme.method, "draw": draw, "seconds": seconds}
                 rows.append({**row, **scores(found, expected)})
                 if config.output is not None:
-                    write_results(config.output, config, rows)
-    return rows
+                    write_results(config.output, config, summaries(rows))
+    return summaries(rows)
+
+
+def summaries(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each bits and method: means over the draws, standard deviations, and each draw's figures."""
+    found = []
+    for bits, method in dict.fromkeys((row["bits"], row["method"]) for row in rows):
+        group = [row for row in rows if (row["bits"], row["method"]) == (bits, method)]
+        summary: dict[str, Any] = {"bits": bits, "method": method, "draws": len(group)}
+        for name in ("box_miou", "agreement", "seconds"):
+            values = [row[name] for row in group]
+            summary[name] = statistics.mean(values)
+            summary[f"{name}_deviation"] = statistics.stdev(values) if len(values) > 1 else None
+            summary[f"{name}_of_draws"] = values
+        found.append(summary)
+    return found
 
 
 def spread(objects: Sequence[Rle], most: int) -> list[Rle]:
     """At most so many of an image's objects, from all over the list."""
     return [objects[i] for i in np.unique(np.linspace(0, len(objects) - 1, min(most, len(objects))).astype(int))]
+
+
+def scheme_of(config: QuantizationBenchmark, method: Method, bits: int) -> Scheme:
+    """How a row's model is rounded."""
+    if config.form == "paper":
+        return Scheme(method=method, weight_bits=bits, activation_bits=bits)
+    integer = QuantizationConfig(method=method).scheme()
+    return replace(integer, only=f"{ENCODER}*", weight_bits=bits, activation_bits=bits)
 
 
 def search_config(config: QuantizationBenchmark) -> SearchConfig:
@@ -238,22 +263,18 @@ def speed_table(config: QuantizationBenchmark, rows: list[dict[str, Any]]) -> Ta
 
 
 def accuracy_table(config: QuantizationBenchmark, rows: list[dict[str, Any]]) -> Table:
-    """Mean, standard deviation and range over the draws, for people."""
-    table = Table(title=f"{config.checkpoint}: {config.draws} draws of {config.calibration_images} images")
-    for label in ("bits", "method", "box mIoU", "deviation", "lowest", "highest", "IoU with float", "CPU s"):
+    """Means and standard deviations over the draws, for people."""
+    title = f"{config.checkpoint}, {config.form} form: {config.draws} draws of {config.calibration_images} images"
+    table = Table(title=title)
+    for label in ("bits", "method", "box mIoU", "IoU with float", "CPU s"):
         table.add_column(label, justify="left" if label == "method" else "right")
-    for bits, method in dict.fromkeys((row["bits"], row["method"]) for row in rows):
-        group = [row for row in rows if (row["bits"], row["method"]) == (bits, method)]
-        ious = [row["box_miou"] for row in group]
+    for row in rows:
+        spread = {name: row[f"{name}_deviation"] for name in ("box_miou", "agreement")}
         table.add_row(
-            str(bits),
-            method,
-            f"{np.mean(ious):.4f}",
-            f"{np.std(ious, ddof=1):.4f}" if len(ious) > 1 else "",
-            f"{min(ious):.4f}",
-            f"{max(ious):.4f}",
-            f"{np.mean([row['agreement'] for row in group]):.4f}",
-            f"{np.mean([row['seconds'] for row in group]):.0f}",
+            str(row["bits"]),
+            row["method"],
+            *(f"{row[name]:.4f}" + (f" ± {value:.4f}" if value is not None else "") for name, value in spread.items()),
+            f"{row['seconds']:.0f}",
         )
     return table
 

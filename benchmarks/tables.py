@@ -64,6 +64,23 @@ def _job_columns(first: str) -> Columns:
     }
 
 
+def _with_deviation(key: str, style: str) -> Cell:
+    """A mean and its standard deviation, where there are several draws."""
+
+    def cell(row: Row) -> str:
+        deviation = row[f"{key}_deviation"]
+        return format(row[key], style) + ("" if deviation is None else f" ± {format(deviation, style)}")
+
+    return cell
+
+
+_SCALES: Columns = {
+    "bits": text("bits"),
+    "scales by": text("method"),
+    "box mIoU": _with_deviation("box_miou", ".4f"),
+    "IoU with the float model's masks": _with_deviation("agreement", ".4f"),
+    "CPU s": number("seconds", ".0f"),
+}
 _LOOP = _job_columns("variant") | {"of the plain loop": number("share", ".1%")}
 
 TABLES: dict[str, Columns] = {
@@ -102,6 +119,8 @@ TABLES: dict[str, Columns] = {
         "speed-up": number("speedup", ".1f"),
         "bytes of the whole model": number("share_of_bytes", ".0%"),
     },
+    "scales": _SCALES,
+    "integer_scales": _SCALES,
     "training": {
         "variant": text("variant"),
         "images/s": number("images_per_second"),

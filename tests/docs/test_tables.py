@@ -126,18 +126,22 @@ def test_the_command_of_each_benchmark_is_one_that_it_accepts(name: Name, monkey
         raise ParsedError(parse(*args, **options))
 
     monkeypatch.setattr(tyro, "cli", stop)
-    module, *flags = commands(Benchmarks(cache=("a",), validation_cache=("b",)), "lake", ("cache",))[name]
+    module, *flags = commands(Benchmarks(calibration="images"), "lake", ("cache",))[name]
     monkeypatch.setattr(sys, "argv", [f"{module}.py", *flags, "--output", f"results/{name}.json"])
     with pytest.raises(ParsedError):
         importlib.import_module(f"benchmarks.{module}").main()
 
 
-def test_the_ablation_waits_for_caches_and_benchmarks_keep_their_order() -> None:
-    assert Benchmarks().chosen == tuple(name for name in NAMES if name != "distillation")
-    assert Benchmarks(cache=("a",), validation_cache=("b",)).chosen == NAMES
+def test_what_takes_longest_waits_for_its_data_and_benchmarks_keep_their_order() -> None:
+    long = ("scales", "integer_scales", "distillation")
+    assert Benchmarks().chosen == tuple(name for name in NAMES if name not in long)
+    everything = Benchmarks(lake="a", calibration="b", cache=("c",), validation_cache=("d",))
+    assert everything.chosen == NAMES
     assert Benchmarks(only=("driving", "planning")).chosen == ("planning", "driving")
     with pytest.raises(ValueError, match="--validation-cache"):
         Benchmarks(only=("distillation",))
+    with pytest.raises(ValueError, match="--calibration"):
+        Benchmarks(only=("scales",), lake="a")
 
 
 def test_commands_of_the_page_are_benchmarks() -> None:
