@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Several Ray nodes on this machine, and one job submitted to them as to any other cluster:
+# Several Ray nodes on this machine, and jobs submitted to them as to any other cluster, one after the other:
 #
 #   cluster/local.sh pipelines/label_images.py --lake "$PWD/images" --output "$PWD/masks"
+#   cluster/local.sh pipelines/cache_teacher.py … -- pipelines/distill.py …
 #
-# Paths are absolute or URLs, as the job runs in a copy of this folder. There is a head without CPUs and NODES workers
-# (2) of CPUS (1) each; GCS_PORT (6399) and DASHBOARD_PORT (8299) are free to choose. All nodes end with the job; the exit
-# code is that of `ray job submit`: 0, or 1 where the job failed.
+# Paths are absolute or URLs, as jobs run in a copy of this folder. There is a head without CPUs and NODES workers (2) of
+# CPUS (1) each; GCS_PORT (6399) and DASHBOARD_PORT (8299) are free to choose. All nodes end with the last job, or with
+# the first that fails; the exit code is that of `ray job submit`: 0, or 1 where the job failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [[ $# -gt 0 ]] || { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2; exit 2; }
@@ -53,9 +54,24 @@ wait_for() { # name, its place in pids
 start_node head --head --port "$port" --num-cpus 0 --dashboard-host 127.0.0.1 --dashboard-port "$dashboard" \
   --temp-dir "$folder/ray"
 wait_for head 0
-for number in $(seq "$nodes"); do start_node "node-$number" --address "127.0.0.1:$port" --num-cpus "$cpus"; done
-for number in $(seq "$nodes"); do wait_for "node-$number" "$number"; done
+# One after the other: Ray gives a node 30 seconds, which several at once exceed on a busy machine.
+for number in $(seq "$nodes"); do
+  start_node "node-$number" --address "127.0.0.1:$port" --num-cpus "$cpus"
+  wait_for "node-$number" "$number"
+done
 
-ray job submit --address "http://127.0.0.1:$dashboard" --working-dir . -- python "$@" &
-pids+=($!)
-wait $! # unlike a command in the foreground, it lets a signal through
+submit() { # script, its flags…
+  ray job submit --address "http://127.0.0.1:$dashboard" --working-dir . -- python "$@" &
+  pids+=($!)
+  wait $! # unlike a command in the foreground, it lets a signal through
+}
+
+job=()
+for word in "$@" --; do
+  if [[ $word != -- ]]; then
+    job+=("$word")
+  elif [[ ${#job[@]} -gt 0 ]]; then
+    submit "${job[@]}"
+    job=()
+  fi
+done
