@@ -6,7 +6,7 @@ Each leaves a JSON file in ``benchmarks/results``, with its command, the machine
 ``python -m benchmarks.tables`` makes the tables of the pages. Without photographs and a lake, a photograph of
 scikit-image and synthetic scenes in ``benchmarks/data`` are used. What takes longest has no such default: the ways to
 find scales are compared where ``--calibration`` and ``--lake`` are given, and the recipe's parts where ``--cache`` and
-``--validation-cache`` are. Run all of it on an idle machine.
+``--validation-cache`` are. Encoders are timed on a GPU where there is one. Run all of it on an idle machine.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 import tyro
 from rich.console import Console
 
@@ -38,6 +39,8 @@ Name = Literal[
     "cache_teacher",
     "label_images",
     "training",
+    "gpu_vit_h",
+    "gpu_vit_t",
     "distillation",
 ]
 SCENES = 10
@@ -76,9 +79,11 @@ class Benchmarks:
         return tuple(name for name in get_args(Name) if name in wanted and not self._lacks(name))
 
     def _lacks(self, name: Name) -> str:
-        """The options that a benchmark needs and has not got."""
+        """What a benchmark needs and has not got."""
         if name == "distillation" and not (self.cache and self.validation_cache):
             return "--cache and --validation-cache"
+        if name in ("gpu_vit_h", "gpu_vit_t") and not torch.cuda.is_available():
+            return "a GPU"
         if name in ("scales", "integer_scales") and not (self.calibration and self.lake):
             return "--calibration and --lake"
         return ""
@@ -118,6 +123,8 @@ def commands(config: Benchmarks, lake: str, cache: tuple[str, ...]) -> dict[Name
         "cache_teacher": ["pipelines", "loop", "--job", "cache_teacher", "--images", "100"],
         "label_images": ["pipelines", "loop", "--job", "label_images", "--images", "40", "--images-per-shard", "4"],
         "training": ["training", "--repeats", "1"],
+        "gpu_vit_h": ["gpu", "--checkpoint", "vit_h", "--batch-size", "8"],
+        "gpu_vit_t": ["gpu", "--checkpoint", "vit_t", "--batch-size", "32"],
         "distillation": [
             *("distillation", "--cache", *config.cache, "--validation-cache", *config.validation_cache),
             *("--runs", "benchmarks/data/ablation"),

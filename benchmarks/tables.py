@@ -81,6 +81,12 @@ _SCALES: Columns = {
     "IoU with the float model's masks": _with_deviation("agreement", ".4f"),
     "CPU s": number("seconds", ".0f"),
 }
+_GPU: Columns = {
+    "encoder": text("variant"),
+    "images/s": number("images_per_second", ".1f"),
+    "of the ceiling": number("share_of_ceiling", ".0%"),
+    "relative error": number("relative_error", ".4f"),
+}
 _LOOP = _job_columns("variant") | {"of the plain loop": number("share", ".1%")}
 
 TABLES: dict[str, Columns] = {
@@ -127,6 +133,8 @@ TABLES: dict[str, Columns] = {
         "of the plain loop": number("share_of_plain", ".0%"),
         "waiting for data": number("waiting_share", ".1%"),
     },
+    "gpu_vit_h": _GPU,
+    "gpu_vit_t": _GPU,
     "distillation": {
         "recipe": text("recipe"),
         **_scores("box", "box"),

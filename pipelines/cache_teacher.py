@@ -35,6 +35,7 @@ from tinysam.lake.codecs import Codec, encode_embedding
 from tinysam.lake.fingerprint import fingerprint
 from tinysam.lake.images import ImageError, decode_image, encode_jpeg
 from tinysam.predictor import ResizeLongestSide
+from tinysam.runtime.choice import TorchEngine, with_engine
 
 NO_TEACHER = "none"
 
@@ -53,6 +54,9 @@ class CacheTeacherConfig(ShardJobConfig):
     """Images that the teacher encodes at once; what fits depends on the GPU's memory."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the teacher; bf16 is faster on GPUs and moves embeddings by about 1 %."""
+    engine: TorchEngine = "torch"
+    """What runs the teacher. compiled: torch.compile, which takes minutes to start and pays in long runs; int8 and fp8:
+    that with 8-bit linear layers, on GPUs."""
     jpeg_quality: int = 95
     """Quality of the kept JPEG. The teacher sees its decoded pixels, so no quality makes it differ from training."""
     min_mask_area: float = MIN_AREA
@@ -90,7 +94,7 @@ class Teacher:
     """A Sam's image encoder for lists of input frames."""
 
     def __init__(self, config: CacheTeacherConfig, device: str) -> None:
-        self._sam = load(config.teacher).to(device)
+        self._sam = with_engine(load(config.teacher).to(device), config.engine)
         self._device, self._precision = device, config.precision
         self.image_size: int = self._sam.image_encoder.img_size
         if config.image_size not in (None, self.image_size):
@@ -217,6 +221,7 @@ def job(config: CacheTeacherConfig) -> ShardJob:
             "teacher": teacher_sha256 or NO_TEACHER,
             "codec": config.codec,
             "precision": config.precision,
+            "engine": config.engine,
             **config.preprocessing(),
         },
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 DEFAULT_MODEL = "demo_student"
 EXPORT_FORMATS = ("coco", "cvat", "label-studio", "sa1b", "yolo", "png")
-ENGINES = ("auto", "torch", "compiled", "openvino", "onnxruntime")
+ENGINES = ("auto", "torch", "compiled", "int8", "fp8", "openvino", "onnxruntime")
 PRESETS = ("adaptive", "paper")
 
 _EXAMPLES = """\

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
+from tinysam.modeling.fused_attention import fuse_attention
 from tinysam.modeling.image_encoder import TinyViTConfig, TinyViTEncoder
 
 PATCH_SIZE = 16
@@ -106,7 +107,7 @@ def _build_encoder(config: SamConfig) -> torch.nn.Module:
     encoder = config.encoder
     if isinstance(encoder, TinyViTConfig):
         return TinyViTEncoder(encoder, img_size=config.image_size, out_chans=config.prompt_embed_dim)
-    return ImageEncoderViT(
+    vit = ImageEncoderViT(
         depth=encoder.depth,
         embed_dim=encoder.embed_dim,
         img_size=config.image_size,
@@ -120,6 +121,7 @@ def _build_encoder(config: SamConfig) -> torch.nn.Module:
         window_size=14,
         out_chans=config.prompt_embed_dim,
     )
+    return fuse_attention(vit)
 
 
 # Windows that divide the embedding of 256-pixel crops, on which these models are trained, need no padding.

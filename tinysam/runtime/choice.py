@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Literal
 
 from segment_anything.modeling import Sam
+from torch import nn
 
 from tinysam.everything.graph_decoder import DecoderEngines
 from tinysam.modeling.image_encoder import TinyViTEncoder
 from tinysam.quant.folder import with_encoder
 from tinysam.quant.graph import export_graph
+from tinysam.runtime.eight_bit import EightBitEncoder
 from tinysam.runtime.encoder import EngineImageEncoder
 from tinysam.runtime.engine import EngineConfig, EngineError, EngineName
 from tinysam.runtime.graphs import cached_graph, default_folder, identity, require_finite
 
 logger = logging.getLogger(__name__)
 
-EngineChoice = Literal["auto", "torch", "compiled", "openvino", "onnxruntime"]
+TorchEngine = Literal["torch", "compiled", "int8", "fp8"]
+EngineChoice = Literal["auto", "torch", "compiled", "int8", "fp8", "openvino", "onnxruntime"]
 GRAPH_VERSION = 2
 """Raised when :func:`tinysam.quant.graph.export_graph` writes other graphs, so that cached ones are not used."""
 
@@ -32,8 +35,10 @@ def with_engine(sam: Sam, choice: EngineChoice = "auto", *, bf16: bool = False, 
     Args:
         sam: in eval mode. An encoder that is an engine already, such as a quantized one, stays as it is.
         choice: on a CPU, ``auto`` is ``openvino``, which takes a third of torch's time for a TinyViT and half of it for
-            prompts; other encoders stay on torch, as does everything on a GPU. ``compiled`` is ``torch.compile`` for
-            the encoder, which takes minutes to start and so pays in long runs.
+            prompts; other encoders stay on torch, as does everything on a GPU: a TinyViT's linear layers are 64 to 640
+            channels wide, too few for 8 bits to win back what rounding their inputs costs (our estimate, which
+            ``python -m benchmarks.gpu`` measures). ``compiled`` is ``torch.compile`` for the encoder, which takes
+            minutes to start and so pays in long runs; ``int8`` and ``fp8`` are that with 8-bit linear layers, on GPUs.
         bf16: let the engine compute the encoder in bfloat16, where it and the processor can. Torch's two take the
             precision of the autocast that they are called in instead; prompts are decoded as a generator's
             ``precision`` says.
@@ -51,9 +56,11 @@ def with_engine(sam: Sam, choice: EngineChoice = "auto", *, bf16: bool = False, 
     if choice == "compiled":
         if isinstance(sam.image_encoder, EngineImageEncoder):
             return sam
-        encoder = copy.deepcopy(sam.image_encoder)
-        encoder.compile()
-        return with_encoder(sam, encoder)
+        return with_encoder(sam, _compiled(copy.deepcopy(sam.image_encoder)))
+    if choice == "int8" or choice == "fp8":
+        if sam.device.type != "cuda":
+            raise EngineError(f"{choice} runs on GPUs, the model is on {sam.device}; pipelines/quantize.py is for CPUs")
+        return with_encoder(sam, _compiled(EightBitEncoder(sam.image_encoder, choice)))
     if sam.device.type != "cpu":
         raise EngineError(f"{choice} runs on CPUs, the model is on {sam.device}; choose torch or compiled")
     encoder = sam.image_encoder
@@ -69,7 +76,8 @@ def engine_name(sam: Sam) -> str:
     if isinstance(encoder, EngineImageEncoder):
         return f"{encoder.engine.name} {encoder.engine.precision}"
     # The attribute that nn.Module.compile() sets has no public name.
-    return "torch" if encoder._compiled_call_impl is None else "torch compiled"
+    compiled = "torch" if encoder._compiled_call_impl is None else "torch compiled"
+    return f"{compiled} {encoder.kind}" if isinstance(encoder, EightBitEncoder) else compiled
 
 
 def decoder_engine_name(sam: Sam) -> str:
@@ -87,6 +95,11 @@ def _automatic(sam: Sam, bf16: bool, graphs: Path | None) -> Sam:
     except EngineError as error:
         logger.warning("the model runs on torch, because %s", error)
         return sam
+
+
+def _compiled(encoder: nn.Module) -> nn.Module:
+    encoder.compile()
+    return encoder
 
 
 def _has_engines(sam: Sam) -> bool:
