@@ -60,6 +60,11 @@ class LossConfig:
             raise ValueError(f"logit_clip must be positive, got {self.logit_clip}")
 
     @property
+    def needs_prompts(self) -> bool:
+        """Whether a term is about masks, rather than about the image encoder's output alone."""
+        return any(getattr(self, name) > 0 for name in ("token", "output", "focal", "dice", "iou"))
+
+    @property
     def needs_teacher_masks(self) -> bool:
         """Whether a term compares with what the teacher decodes, rather than with its embedding alone."""
         return self.token > 0 or self.output > 0

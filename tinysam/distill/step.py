@@ -61,6 +61,9 @@ class DistillationLoss(nn.Module):
         recompute_rounds: bool = False,
     ) -> None:
         super().__init__()
+        on_truth = (loss_config.focal, loss_config.dice, loss_config.iou, loss_config.dense)
+        if teacher is None and not any(weight > 0 for weight in on_truth):
+            raise ValueError("without a teacher, a loss against ground truth must be on: focal, dice, iou or dense")
         self.student = student
         self.teacher = teacher.requires_grad_(False) if teacher is not None else None
         self.losses, self.prompts = loss_config, prompt_config
@@ -81,7 +84,8 @@ class DistillationLoss(nn.Module):
 
         Returns:
             The loss, a scalar; the terms, unweighted scalars without gradient; and ``(B,)`` by how much the teacher's
-            IoU on first prompts (1 without a teacher) exceeds the student's: NaN for an image without masks.
+            IoU on first prompts (1 without a teacher) exceeds the student's: NaN for an image without masks, and where
+            no loss needs prompts.
         """
         student, teacher, config = self.student, self.teacher, self.losses
         with autocast:
@@ -101,6 +105,8 @@ class DistillationLoss(nn.Module):
             if config.embedding > 0:
                 valid = content_mask(batch.content_size, size, EMBEDDING_STRIDE)
                 terms["embedding"] = losses.embedding_loss(embeddings, batch.embedding, valid, config.distance)
+        if not config.needs_prompts:
+            return self._summed(terms, embeddings.new_full((len(embeddings),), torch.nan))
 
         targets, boxes, weight = batch.targets.flatten(0, 1), batch.boxes.flatten(0, 1), batch.weight.flatten()
         # Boxes and clicks live in the model's frame, of which the batch shows crops.
@@ -123,7 +129,14 @@ class DistillationLoss(nn.Module):
                 prompts = prompts.extended(points + offset, labels)
                 mask_logits = decoded.low_res if refinements[number] else None
 
-        total = sum((getattr(config, name) * value for name, value in terms.items()), start=embeddings.new_zeros(()))
+        return self._summed(terms, difficulty)
+
+    def _summed(
+        self, terms: dict[str, torch.Tensor], difficulty: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """What ``forward`` returns."""
+        weighted = (getattr(self.losses, name) * value for name, value in terms.items())
+        total = sum(weighted, start=difficulty.new_zeros(()))
         return total, {name: value.detach() for name, value in terms.items()}, difficulty
 
     def _round(

@@ -120,6 +120,26 @@ def test_a_term_of_weight_zero_is_not_computed(tiny_sam: Sam, batch: Sample, ter
     assert set(terms) == set(TERMS) - {term}
 
 
+def test_embeddings_alone_need_no_decoder(tiny_sam: Sam, batch: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = LossConfig(embedding=2.0, token=0, output=0, focal=0, dice=0, iou=0)
+    whole = forward(copy.deepcopy(tiny_sam), copy.deepcopy(tiny_sam), batch)[1]["embedding"]
+    monkeypatch.delattr(step, "decode")
+    student = copy.deepcopy(tiny_sam)
+    loss, terms, difficulty = forward(student, copy.deepcopy(tiny_sam), batch, alone)
+    loss.backward()
+    assert set(terms) == {"embedding"}
+    torch.testing.assert_close(terms["embedding"], whole)
+    torch.testing.assert_close(loss.detach(), 2 * whole)
+    assert difficulty.isnan().all()
+    assert {name.split(".")[0] for name in gradients(student)} == {"image_encoder"}
+
+
+def test_nothing_to_learn_from_is_refused(tiny_sam: Sam) -> None:
+    alone = LossConfig(token=0, output=0, focal=0, dice=0, iou=0)
+    with pytest.raises(ValueError, match="without a teacher"):
+        DistillationLoss(tiny_sam, None, alone, PromptConfig())
+
+
 def test_the_teacher_decodes_only_where_something_compares_with_its_masks(
     tiny_sam: Sam, batch: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
