@@ -1,7 +1,7 @@
 """The jobs' own cost: planning millions of images, driving many workers, and a job against a plain loop.
 
     python -m benchmarks.pipelines planning --images 10000000
-    python -m benchmarks.pipelines driving --workers 1 2 4 64 --seconds-per-image 0.05
+    python -m benchmarks.pipelines driving --workers 1 2 4 64
     python -m benchmarks.pipelines loop --job label_images --images 200
 
 ``planning`` cuts, writes and reads back the plan of an index that is made up, and reports seconds and the peak of the
@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -76,11 +77,11 @@ class Driving(Measurement):
 
     workers: tuple[int, ...] = (1, 2, 4)
     """Numbers of workers to try. Each is a process of about 150 MB."""
-    seconds_per_image: float = 0.05
-    """What an image costs, as sleep."""
+    seconds_per_image: float = 0.5
+    """What an image costs, as sleep; a CPU takes about as long for everything mode."""
     images_per_shard: int = 16
     """Images of a shard."""
-    shards_per_worker: int = 20
+    shards_per_worker: int = 8
     """Shards for each worker to compute."""
 
 
@@ -202,6 +203,7 @@ def measure_loop(config: Loop) -> list[dict[str, Any]]:
         job = make_job(config, f"{folder}/lake", str(output))
         rate = run_timed(job, output, lambda rows: "the only one")
         plan = read_plan(str(output))
+        torch.set_num_threads(1)  # as Ray sets it for a worker of one CPU
         worker = job.make_worker(Placement(device=config.device, num_cpus=1))
         worker.process(plan[0].rows)
         start = time.perf_counter()
