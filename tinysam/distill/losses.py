@@ -62,7 +62,7 @@ class LossConfig:
     @property
     def needs_prompts(self) -> bool:
         """Whether a term is about masks, rather than about the image encoder's output alone."""
-        return any(getattr(self, name) > 0 for name in ("token", "output", "focal", "dice", "iou"))
+        return self.needs_teacher_masks or self.focal + self.dice + self.iou > 0
 
     @property
     def needs_teacher_masks(self) -> bool:

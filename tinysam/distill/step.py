@@ -92,22 +92,22 @@ class DistillationLoss(nn.Module):
             embeddings = student.image_encoder(preprocess(student, batch.image, batch.content_size))
         embeddings = embeddings.float()
         size = embeddings.shape[-1]
-        positions = dense_positions(student, batch.origin, size)
         terms: dict[str, torch.Tensor] = {}
         if self.dense_head is not None:
             predicted = self.dense_head(embeddings)
             valid = content_mask(batch.content_size, predicted.shape[-1], TARGET_STRIDE)
             terms["dense"] = dense_loss(predicted, batch.dense, valid & batch.labelled[:, None, None])
+        if teacher is not None and config.embedding > 0:
+            valid = content_mask(batch.content_size, size, EMBEDDING_STRIDE)
+            terms["embedding"] = losses.embedding_loss(embeddings, batch.embedding, valid, config.distance)
+        if not config.needs_prompts:
+            return self._summed(terms, embeddings.new_full((len(embeddings),), torch.nan))
+
+        positions = dense_positions(student, batch.origin, size)
         if teacher is not None:
             teacher_positions = dense_positions(teacher, batch.origin, size)
             with autocast:
                 batch = add_teacher_masks(teacher, batch, teacher_positions, self.teacher_masks, generator)
-            if config.embedding > 0:
-                valid = content_mask(batch.content_size, size, EMBEDDING_STRIDE)
-                terms["embedding"] = losses.embedding_loss(embeddings, batch.embedding, valid, config.distance)
-        if not config.needs_prompts:
-            return self._summed(terms, embeddings.new_full((len(embeddings),), torch.nan))
-
         targets, boxes, weight = batch.targets.flatten(0, 1), batch.boxes.flatten(0, 1), batch.weight.flatten()
         # Boxes and clicks live in the model's frame, of which the batch shows crops.
         offset = (batch.origin * EMBEDDING_STRIDE).float().repeat_interleave(batch.targets.shape[1], 0)
