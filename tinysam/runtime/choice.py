@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Literal
 
 from segment_anything.modeling import Sam
-from torch import nn
 
 from tinysam.everything.graph_decoder import DecoderEngines
 from tinysam.modeling.image_encoder import TinyViTEncoder
 from tinysam.quant.folder import with_encoder
 from tinysam.quant.graph import export_graph
-from tinysam.runtime.eight_bit import EightBitEncoder
+from tinysam.runtime.eight_bit import EightBit, EightBitEncoder
 from tinysam.runtime.encoder import EngineImageEncoder
 from tinysam.runtime.engine import EngineConfig, EngineError, EngineName
 from tinysam.runtime.graphs import cached_graph, default_folder, identity, require_finite
 
 logger = logging.getLogger(__name__)
 
-TorchEngine = Literal["torch", "compiled", "int8", "fp8"]
-EngineChoice = Literal["auto", "torch", "compiled", "int8", "fp8", "openvino", "onnxruntime"]
+TorchEngine = Literal["torch", "compiled", EightBit]
+EngineChoice = Literal["auto", TorchEngine, EngineName]
 GRAPH_VERSION = 2
 """Raised when :func:`tinysam.quant.graph.export_graph` writes other graphs, so that cached ones are not used."""
 
@@ -53,14 +52,8 @@ def with_engine(sam: Sam, choice: EngineChoice = "auto", *, bf16: bool = False, 
         return sam
     if choice == "auto":
         return _automatic(sam, bf16, graphs)
-    if choice == "compiled":
-        if isinstance(sam.image_encoder, EngineImageEncoder):
-            return sam
-        return with_encoder(sam, _compiled(copy.deepcopy(sam.image_encoder)))
-    if choice == "int8" or choice == "fp8":
-        if sam.device.type != "cuda":
-            raise EngineError(f"{choice} runs on GPUs, the model is on {sam.device}; pipelines/quantize.py is for CPUs")
-        return with_encoder(sam, _compiled(EightBitEncoder(sam.image_encoder, choice)))
+    if choice == "compiled" or choice == "int8" or choice == "fp8":
+        return _compiled(sam, choice)
     if sam.device.type != "cpu":
         raise EngineError(f"{choice} runs on CPUs, the model is on {sam.device}; choose torch or compiled")
     encoder = sam.image_encoder
@@ -97,9 +90,14 @@ def _automatic(sam: Sam, bf16: bool, graphs: Path | None) -> Sam:
         return sam
 
 
-def _compiled(encoder: nn.Module) -> nn.Module:
+def _compiled(sam: Sam, choice: Literal["compiled", EightBit]) -> Sam:
+    if choice != "compiled" and sam.device.type != "cuda":
+        raise EngineError(f"{choice} runs on GPUs, the model is on {sam.device}; pipelines/quantize.py is for CPUs")
+    if isinstance(sam.image_encoder, EngineImageEncoder):
+        return sam
+    encoder = copy.deepcopy(sam.image_encoder) if choice == "compiled" else EightBitEncoder(sam.image_encoder, choice)
     encoder.compile()
-    return encoder
+    return with_encoder(sam, encoder)
 
 
 def _has_engines(sam: Sam) -> bool:
