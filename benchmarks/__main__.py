@@ -69,8 +69,8 @@ class Benchmarks:
 
     def __post_init__(self) -> None:
         for name in self.only:
-            if self._lacks(name):
-                raise ValueError(f"{name} needs {self._lacks(name)}")
+            if lacking := self._lacks(name):
+                raise ValueError(f"{name} needs {lacking}")
 
     @property
     def chosen(self) -> tuple[Name, ...]:
@@ -94,14 +94,9 @@ def commands(config: Benchmarks, lake: str, cache: tuple[str, ...]) -> dict[Name
     chosen = config.photographs or tuple(path for path in photographs() if path.name == "astronaut.png")
     min_iou, min_stability = SHIPPED_THRESHOLDS  # at SAM's own, the shipped student's masks are all dropped
     truth = ["--lake", lake, *(["--annotations", config.annotations] if config.annotations else [])]
-    accuracy = [
-        "--measure",
-        "accuracy",
-        "--checkpoint",
-        "demo_student",
-        "--calibration",
-        str(config.calibration),
-        *truth,
+    scales = [
+        *("quantization", "--measure", "accuracy", "--checkpoint", "demo_student"),
+        *("--calibration", str(config.calibration), *truth),
     ]
     return {
         "predictor": ["predictor", "--checkpoint", "vit_t"],
@@ -115,8 +110,8 @@ def commands(config: Benchmarks, lake: str, cache: tuple[str, ...]) -> dict[Name
             *("--stability-score-thresh", str(min_stability)),
         ],
         "quantization": ["quantization", "--checkpoint", "vit_t"],
-        "scales": ["quantization", *accuracy, "--checkpoint", "demo_student"],
-        "integer_scales": ["quantization", *accuracy, "--checkpoint", "demo_student", "--form", "integer"],
+        "scales": scales,
+        "integer_scales": [*scales, "--form", "integer"],
         "codecs": ["codecs", "--cache", *cache, "--images", str(SCENES)],
         "planning": ["pipelines", "planning"],
         "driving": ["pipelines", "driving"],

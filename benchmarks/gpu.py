@@ -128,7 +128,6 @@ def measure(config: GpuBenchmark, console: Console) -> list[dict[str, Any]]:
         rate = 1000 * config.batch_size / statistics.median(values)
         rows.append(
             {
-                "checkpoint": config.checkpoint,
                 "variant": name,
                 "images_per_second": rate,
                 "share_of_ceiling": rate / most,
