@@ -1,7 +1,7 @@
 """The jobs' own cost: planning millions of images, driving many workers, and a job against a plain loop.
 
     python -m benchmarks.pipelines planning --images 10000000
-    python -m benchmarks.pipelines driving --workers 1 2 4 64
+    python -m benchmarks.pipelines driving --workers 1 4 64
     python -m benchmarks.pipelines loop --job label_images --images 200
 
 ``planning`` cuts, writes and reads back the plan of an index that is made up, and reports seconds and the peak of the
@@ -14,7 +14,6 @@ counts from its first shard to its last; the time until the job's first is repor
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -36,14 +35,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import pipelines as this_module
 from benchmarks.results import write_results
+from benchmarks.sleeping_worker import SleepingWorker
 from pipelines import cache_teacher, label_images
 from pipelines.cache_teacher import CacheTeacherConfig
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.ray_setup import ROOT, quiet_ray
 from pipelines.common.shard_job import ShardJob
-from pipelines.common.shard_worker import Placement, ShardWorker
+from pipelines.common.shard_worker import Placement
 from pipelines.label_images import LabelImagesConfig
 from tinysam.lake import schema
 from tinysam.lake.plan import read_plan, todo, write_index, write_plan
@@ -75,14 +74,14 @@ class Planning(Measurement):
 class Driving(Measurement):
     """Drives simulated workers."""
 
-    workers: tuple[int, ...] = (1, 2, 4)
-    """Numbers of workers to try. Each is a process of about 150 MB."""
+    workers: tuple[int, ...] = (1, 4, 64)
+    """Numbers of workers to try. Each is a process of about 200 MB."""
     seconds_per_image: float = 0.5
     """What an image costs, as sleep; a CPU takes about as long for everything mode."""
     images_per_shard: int = 16
     """Images of a shard."""
-    shards_per_worker: int = 8
-    """Shards for each worker to compute."""
+    shards_per_worker: int = 24
+    """Shards for each worker to compute: so many that all work at once for a while, however slowly they start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,24 +103,6 @@ Benchmark = (
     | Annotated[Driving, tyro.conf.subcommand("driving")]
     | Annotated[Loop, tyro.conf.subcommand("loop")]
 )
-
-
-class SleepingWorker(ShardWorker):
-    """Takes a known time for each image."""
-
-    schema: ClassVar[pa.Schema] = schema.MASKS
-
-    def __init__(self, seconds_per_image: float, placement: Placement) -> None:
-        super().__init__()
-        self._seconds = seconds_per_image
-
-    def process(self, rows: pa.Table) -> pa.Table:
-        """No masks, late, and this process in the place of the image's URI."""
-        with self.clock.stage("sleep"):
-            time.sleep(self._seconds * rows.num_rows)
-        worker = str(os.getpid())
-        done = [{"image_id": name, "uri": worker, "status": schema.OK} for name in rows["image_id"].to_pylist()]
-        return pa.Table.from_pylist(done, schema=self.schema)
 
 
 def iter_index(images: int) -> Iterator[pa.RecordBatch]:
@@ -185,7 +166,7 @@ def measure_driving(config: Driving) -> list[dict[str, Any]]:
                     images_per_shard=config.images_per_shard,
                     num_workers=workers,
                 ),
-                make_worker=partial(this_module.SleepingWorker, config.seconds_per_image),
+                make_worker=partial(SleepingWorker, config.seconds_per_image),
                 identity={},
             )
             rate = run_timed(job, Path(output), lambda rows: rows["uri"][0].as_py())

@@ -33,7 +33,7 @@ from tinysam.everything import HierarchicalConfig
 from tinysam.lake import schema
 from tinysam.lake.fingerprint import fingerprint
 from tinysam.lake.images import ImageError
-from tinysam.runtime.choice import EngineChoice, decoder_engine_name, engine_name
+from tinysam.runtime.choice import EngineChoice, engine_name
 
 DEFAULT_STUDENT = "demo_student"
 
@@ -107,7 +107,6 @@ class LabelImagesWorker(ShardWorker):
             "model_sha256": self._model_sha256,
             "labelling": fingerprint(self._config.labelling()),
             "engine": engine_name(self._sam),
-            "decoder_engine": decoder_engine_name(self._sam),
         }
 
     def process(self, rows: pa.Table) -> pa.Table:

@@ -44,8 +44,6 @@ def output_by_head(projection: nn.Linear, heads: int) -> Tensor:
 
 def by_shared(x: Tensor, shared: Tensor) -> Tensor:
     """(B, H, T, d) by (H, d, N), as (B, H, T, N): one product a head for all prompts."""
-    if torch.compiler.is_exporting():
-        return x @ shared  # engines share the matrix without moving anything; torch would copy it for every prompt
     n_prompts, _, n_tokens, _ = x.shape
     product = torch.bmm(x.transpose(0, 1).flatten(1, 2), shared)
     return product.unflatten(1, (n_prompts, n_tokens)).transpose(0, 1)
@@ -53,8 +51,6 @@ def by_shared(x: Tensor, shared: Tensor) -> Tensor:
 
 def average_shared(weights: Tensor, shared: Tensor) -> Tensor:
     """(B, H, T, N) by (H, N, d), as (B, H, T, d): one product a head for all prompts."""
-    if torch.compiler.is_exporting():
-        return weights @ shared
     n_prompts, _, n_tokens, _ = weights.shape
     product = torch.bmm(weights.transpose(0, 1).flatten(1, 2), shared)
     return product.unflatten(1, (n_prompts, n_tokens)).transpose(0, 1)

@@ -1,6 +1,6 @@
 """The decoders of everything mode behind one function: low-rank where that is cheaper, SAM's own elsewhere.
 
-The low-rank one runs on an engine where the model carries one and the prompts are many (``graph_decoder``).
+The low-rank one is ``tiled_decoder``'s on a CPU and torch's on a GPU.
 """
 
 from __future__ import annotations
@@ -12,14 +12,11 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from tinysam.everything.flops import DecoderShape, low_rank_pays
-from tinysam.everything.graph_decoder import POINT_TOKENS, PROMPTS, DecoderEngines
 from tinysam.everything.low_rank import LowRankDecoder, is_supported
+from tinysam.everything.tiled_decoder import TiledDecoder
 
-CPU_DECODED_TOGETHER = PROMPTS
-"""Prompts that a CPU decodes together. A GPU takes all it is given."""
-
-PROMPTS_FOR_ENGINES = 100
-"""Prompts an image from which on graphs are worth the second that it takes to open them."""
+CPU_DECODED_TOGETHER = 64
+"""Prompts that a CPU decodes together: enough to share products, at 2 MB a prompt. A GPU takes all it is given."""
 
 
 class DecodedPrompts(NamedTuple):
@@ -85,18 +82,14 @@ class LowRankImageDecoder:
     def decode(self, sparse: Tensor, min_iou: float, multimask_output: bool = True) -> DecodedPrompts:
         chunks = sparse.split(CPU_DECODED_TOGETHER) if self.on_cpu and len(sparse) else [sparse]
         parts = [self._decode_chunk(chunk, min_iou, multimask_output) for chunk in chunks]
-        return DecodedPrompts(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        return parts[0] if len(parts) == 1 else DecodedPrompts(*map(torch.cat, zip(*parts, strict=True)))
 
     def _decode_chunk(self, sparse: Tensor, min_iou: float, multimask_output: bool) -> DecodedPrompts:
         decoded = self.decoder.decode(self.image, sparse, multimask_output)
         kept = _above(decoded.predicted_iou, min_iou)
         prompts = kept.any(1).nonzero()[:, 0]
-        # One at a time on a CPU, as slices: their matrices stay where they are.
-        chunks = [slice(i, i + 1) for i in prompts.tolist()] if self.on_cpu and len(prompts) else [prompts]
-        logits = [self.decoder.upscale(self.image, decoded.select(chunk))[kept[chunk]] for chunk in chunks]
-        # A copy, as engines use their memory again.
-        predicted_iou = decoded.predicted_iou.clone()
-        return DecodedPrompts(predicted_iou, kept, _finite(torch.cat(logits), "the mask logits"))
+        logits = self.decoder.upscale(self.image, decoded, prompts)[kept[prompts]]
+        return DecodedPrompts(decoded.predicted_iou, kept, _finite(logits, "the mask logits"))
 
 
 class ImageDecoders:
@@ -104,13 +97,14 @@ class ImageDecoders:
 
     Args:
         sam: the model; its weights are rearranged once, so this lives as long as they stay as they are.
-        dtype: of the low-rank decoder's products; the model's type by default.
+        dtype: of the low-rank decoder's products on a GPU; the model's type by default. A CPU computes in float32, as
+            fast as it would in bfloat16.
     """
 
     def __init__(self, sam: Sam, dtype: torch.dtype | None = None) -> None:
         self.sam = sam
         self.dtype = dtype
-        self._low_rank: dict[bool, LowRankDecoder] = {}
+        self._low_rank: LowRankDecoder | None = None
 
     def of(self, embedding: Tensor, prompts: int, tokens: int) -> PromptDecoder:
         """The cheaper decoder of an image.
@@ -126,16 +120,10 @@ class ImageDecoders:
         all_tokens = 1 + decoder.num_mask_tokens + tokens
         if not low_rank_pays(DecoderShape.of(self.sam), prompts, all_tokens):
             return PlainDecoder(self.sam, embedding)
-        on_engines = embedding.device.type == "cpu" and prompts >= PROMPTS_FOR_ENGINES and tokens == POINT_TOKENS
-        if on_engines not in self._low_rank:
-            self._low_rank[on_engines] = self._open(on_engines)
-        return LowRankImageDecoder(self._low_rank[on_engines], embedding)
-
-    def _open(self, on_engines: bool) -> LowRankDecoder:
-        engines: DecoderEngines | None = getattr(self.sam, "decoder_engines", None)
-        if engines is None or not on_engines:
-            return LowRankDecoder(self.sam, self.dtype)
-        return engines.open(self.sam, bf16=self.dtype == torch.bfloat16)
+        if self._low_rank is None:
+            tiled = embedding.device.type == "cpu" and embedding.dtype == torch.float32
+            self._low_rank = TiledDecoder(self.sam) if tiled else LowRankDecoder(self.sam, self.dtype)
+        return LowRankImageDecoder(self._low_rank, embedding)
 
 
 def _above(predicted_iou: Tensor, min_iou: float) -> Tensor:
@@ -143,6 +131,6 @@ def _above(predicted_iou: Tensor, min_iou: float) -> Tensor:
 
 
 def _finite(values: Tensor, what: str) -> Tensor:
-    if not torch.isfinite(values).all():
+    if not torch.isfinite(values.sum()):  # which one number that is not finite decides, in a tenth of the time
         raise FloatingPointError(f"{what} of a prompt is NaN or infinite: the checkpoint's mask decoder is damaged")
     return values

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class SharedImage(NamedTuple):
-    """What all prompts of an image have in common. Matrices of N image tokens are split by head."""
+    """What all prompts of an image have in common. Matrices of N image tokens are split by head, or by tile as well."""
 
     keys_0: Tensor  # (H, d, N) of layer 0's attention from tokens to image
     values_0: Tensor  # (H, N, d)
@@ -44,8 +44,8 @@ class DecodedTokens(NamedTuple):
     hyper: Tensor  # (B, masks, C / 8), what each mask multiplies the upscaled embedding by
     image: Update
 
-    def select(self, prompts: Tensor | slice) -> DecodedTokens:
-        """The prompts at those positions (K,); views, for a slice."""
+    def select(self, prompts: Tensor) -> DecodedTokens:
+        """The prompts at those positions (K,)."""
         image = Update(
             inverse=self.image.inverse[prompts],
             previous=None if self.image.previous is None else self.image.previous[prompts],

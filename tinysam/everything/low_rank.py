@@ -157,24 +157,24 @@ class LowRankDecoder:
         tokens = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)
 
         queries = _self_attention(first, tokens, tokens)
-        queries = first.norm2(queries + self._read_unchanged(image, queries + tokens))
+        average = self._read_shared(image, self._query(0, queries + tokens))
+        queries = first.norm2(queries + self._out(0, average))
         queries = first.norm3(queries + first.mlp(queries))
-        weights_0, values_0 = self._write_unchanged(image, queries, tokens)
-        update = self._first_update(image, weights_0, values_0)
+        key, value_0 = self._key(0, queries + tokens), self._value(0, queries)
 
         queries = _self_attention(second, queries, tokens)
-        bias = first.norm4.bias
-        queries = second.norm2(queries + self._read(1, queries + tokens, image.keys_1, image.values_1, bias, update))
+        average, update = self._write_and_read(image, key, value_0, self._query(1, queries + tokens))
+        queries = second.norm2(queries + self._out(1, average, bias=first.norm4.bias))
         queries = second.norm3(queries + second.mlp(queries))
-        weights_1, values_1 = self._write(image, queries, tokens, update)
-        update = self._second_update(image, weights_0, values_0, weights_1, values_1, update)
+        key, value_1 = self._key(1, queries + tokens), self._value(1, queries)
 
         # Tokens of the prompt and of masks not asked for end here: nothing reads what they would learn.
         chosen = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
         read = [0, *(1 + i for i in chosen)]
-        queries, tokens = queries[:, read], tokens[:, read]
-        bias = second.norm4.bias
-        queries = queries + self._read(2, queries + tokens, image.keys_2, image.values_2, bias, update)
+        queries = queries[:, read]
+        query = self._query(2, queries + tokens[:, read])
+        average, update = self._write_and_read_again(image, key, (value_0, value_1), query, update)
+        queries = queries + self._out(2, average, bias=second.norm4.bias)
         iou_query, *mask_queries = transformer.norm_final_attn(queries).unbind(1)
 
         networks = [decoder.output_hypernetworks_mlps[i] for i in chosen]
@@ -183,8 +183,9 @@ class LowRankDecoder:
         return DecodedTokens(predicted_iou, hyper, update)
 
     @torch.no_grad()
-    def upscale(self, image: SharedImage, decoded: DecodedTokens) -> Tensor:
-        """The (B, masks, 4 h, 4 w) low-resolution logits of decoded prompts."""
+    def upscale(self, image: SharedImage, decoded: DecodedTokens, prompts: Tensor) -> Tensor:
+        """The (K, masks, 4 h, 4 w) low-resolution logits of the prompts at those positions (K,)."""
+        decoded = decoded.select(prompts)
         upscaling, update = self.decoder.output_upscaling, decoded.image
         assert update.previous is not None, "decode() always ends with the second update"
         assert update.offset is not None, "decode() always ends with the second update"
@@ -216,46 +217,70 @@ class LowRankDecoder:
         values = F.linear(tokens, attention.v_proj.weight, bias)
         return values.view(len(tokens), attention.num_heads, -1).transpose(0, 1).contiguous().to(self.dtype)
 
-    def _read_unchanged(self, image: SharedImage, queries: Tensor) -> Tensor:
-        """Layer 0's attention from tokens to image, whose tokens are the same for all prompts."""
-        attention = self.to_image[0]
-        query = split_heads(attention.q_proj(queries), attention.num_heads)
-        weights = by_shared(scaled(query).to(self.dtype), image.keys_0).softmax(-1)
-        return attention.out_proj(join_heads(average_shared(weights, image.values_0).to(queries.dtype)))
-
-    def _read(
-        self, i: int, queries: Tensor, shared_keys: Tensor, shared_values: Tensor, bias: Tensor, update: Update
-    ) -> Tensor:
-        """Attention ``i`` from tokens to an updated image; ``bias`` (C,) is what every image token has added."""
+    def _query(self, i: int, tokens: Tensor) -> Tensor:
+        """The scaled query (B, H, T, d) of attention ``i`` from tokens to image."""
         attention = self.to_image[i]
-        query = scaled(split_heads(attention.q_proj(queries), attention.num_heads))
+        return scaled(split_heads(attention.q_proj(tokens), attention.num_heads))
+
+    def _key(self, i: int, tokens: Tensor) -> Tensor:
+        """The key (B, H, T, d) of attention ``i`` from image to tokens, scaled in place of the image's query."""
+        attention = self.to_tokens[i]
+        return scaled(split_heads(attention.k_proj(tokens), attention.num_heads))
+
+    def _value(self, i: int, tokens: Tensor) -> Tensor:
+        """The value (B, H, T, d) of attention ``i`` from image to tokens."""
+        attention = self.to_tokens[i]
+        return split_heads(attention.v_proj(tokens), attention.num_heads)
+
+    def _out(self, i: int, average: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What attention ``i`` from tokens to image tells the tokens.
+
+        Args:
+            average: (B, H, T, d) of the values.
+            bias: (C,) what every image token has added, which ``average`` leaves out, as it does the values' bias.
+        """
+        attention = self.to_image[i]
+        average = join_heads(average)
+        if bias is not None:
+            average = average + (attention.v_proj.bias + attention.v_proj.weight @ bias)
+        return attention.out_proj(average)
+
+    def _read_shared(self, image: SharedImage, query: Tensor) -> Tensor:
+        """Layer 0's attention from tokens to image, whose tokens are the same for all prompts: (B, H, T, d)."""
+        weights = by_shared(query.to(self.dtype), image.keys_0).softmax(-1)
+        return average_shared(weights, image.values_0).to(query.dtype)
+
+    def _write_and_read(self, image: SharedImage, key: Tensor, value: Tensor, query: Tensor) -> tuple[Tensor, Update]:
+        """Layer 0's update of the image, by ``key`` and ``value``, and layer 1's attention to it, (B, H, T, d)."""
+        weights = by_shared(key.to(self.dtype), image.queries_0).softmax(2).flatten(1, 2)
+        cross = by_shared(value.to(self.dtype), image.cross_0).flatten(1, 2)
+        square = image.squares_0 + self._weighted(weights, (value @ self.rows_0).flatten(1, 2), cross)
+        inverse = inverse_deviation(square, self.norms[0])
+        update = Update(inverse, None, weights, (value @ self.rows_0_scaled).flatten(1, 2), None)
+        return self._read(1, query, image.keys_1, image.values_1, update), update
+
+    def _write_and_read_again(
+        self, image: SharedImage, key: Tensor, values: tuple[Tensor, Tensor], query: Tensor, update: Update
+    ) -> tuple[Tensor, Update]:
+        """Layer 1's update of the image, by ``key``, and the final attention to it; ``values`` are of both layers."""
+        logits = self._logits(key, self.to_tokens[1].q_proj, image.queries_1, self.position_queries, update)
+        weights = logits.unflatten(1, key.shape[1:3]).softmax(2).flatten(1, 2)
+        update = self._second_update(image, values, weights, update)
+        return self._read(2, query, image.keys_2, image.values_2, update), update
+
+    def _read(self, i: int, query: Tensor, shared_keys: Tensor, shared_values: Tensor, update: Update) -> Tensor:
+        """Attention ``i`` from tokens to an updated image, without the biases that ``_out`` adds."""
+        attention = self.to_image[i]
         logits = self._logits(query, attention.k_proj, shared_keys, self.position_keys[i], update)
         weights = logits.softmax(-1) * update.inverse.to(self.dtype)
-        mixed = torch.bmm(weights, update.columns.transpose(1, 2)).to(queries.dtype) @ update.rows
+        mixed = torch.bmm(weights, update.columns.transpose(1, 2)).to(query.dtype) @ update.rows
         if update.offset is not None:
-            mixed += weights.sum(-1, keepdim=True, dtype=queries.dtype) * update.offset
+            mixed += weights.sum(-1, keepdim=True, dtype=query.dtype) * update.offset
         if update.previous is not None:
             weights *= update.previous.to(self.dtype)
         by_head = query.shape[1:3]
         output = mixed.unflatten(1, by_head) @ input_by_head(attention.v_proj, attention.num_heads).transpose(1, 2)
-        output += average_shared(weights.unflatten(1, by_head), shared_values).to(queries.dtype)
-        constant = attention.v_proj.bias + attention.v_proj.weight @ bias
-        return attention.out_proj(join_heads(output) + constant)
-
-    def _write_unchanged(self, image: SharedImage, queries: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer 0's attention from image to tokens: weights (B, R, N) and the tokens' values (B, H, T, d)."""
-        attention = self.to_tokens[0]
-        key = scaled(split_heads(attention.k_proj(queries + tokens), attention.num_heads))
-        weights = by_shared(key.to(self.dtype), image.queries_0).softmax(2)
-        return weights.flatten(1, 2), split_heads(attention.v_proj(queries), attention.num_heads)
-
-    def _write(self, image: SharedImage, queries: Tensor, tokens: Tensor, update: Update) -> tuple[Tensor, Tensor]:
-        """Layer 1's attention from image to tokens, the same."""
-        attention = self.to_tokens[1]
-        key = scaled(split_heads(attention.k_proj(queries + tokens), attention.num_heads))
-        logits = self._logits(key, attention.q_proj, image.queries_1, self.position_queries, update)
-        weights = logits.unflatten(1, key.shape[1:3]).softmax(2)
-        return weights.flatten(1, 2), split_heads(attention.v_proj(queries), attention.num_heads)
+        return output + average_shared(weights.unflatten(1, by_head), shared_values).to(query.dtype)
 
     def _logits(self, query: Tensor, projection: nn.Linear, shared: Tensor, position: Tensor, update: Update) -> Tensor:
         """Products of ``query`` (B, H, T, d) with updated and projected image tokens, (B, R, N)."""
@@ -273,29 +298,17 @@ class LowRankDecoder:
         logits.unflatten(1, by_head).add_(by_shared(query, position))
         return logits
 
-    def _first_update(self, image: SharedImage, weights: Tensor, values: Tensor) -> Update:
-        rows = (values @ self.rows_0).flatten(1, 2)
-        cross = by_shared(values.to(self.dtype), image.cross_0).flatten(1, 2)
-        square = image.squares_0 + self._weighted(weights, rows, cross)
-        inverse = inverse_deviation(square, self.norms[0])
-        return Update(inverse, None, weights, (values @ self.rows_0_scaled).flatten(1, 2), None)
-
     def _second_update(
-        self,
-        image: SharedImage,
-        weights_0: Tensor,
-        values_0: Tensor,
-        weights_1: Tensor,
-        values_1: Tensor,
-        update: Update,
+        self, image: SharedImage, values: tuple[Tensor, Tensor], weights: Tensor, update: Update
     ) -> Update:
+        value_0, value_1 = values
         previous = update.inverse
-        rows = torch.cat([values_0 @ self.rows_10, values_1 @ self.rows_11], dim=1).flatten(1, 2)
-        columns = torch.cat([weights_0 * previous.to(self.dtype), weights_1], dim=1)
+        rows = torch.cat([value_0 @ self.rows_10, value_1 @ self.rows_11], dim=1).flatten(1, 2)
+        columns = torch.cat([update.columns * previous.to(self.dtype), weights], dim=1)
         cross = torch.cat(
             [
-                by_shared(values_0.to(self.dtype), image.cross_10),
-                by_shared(values_1.to(self.dtype), image.cross_11),
+                by_shared(value_0.to(self.dtype), image.cross_10),
+                by_shared(value_1.to(self.dtype), image.cross_11),
             ],
             dim=1,
         ).flatten(1, 2)

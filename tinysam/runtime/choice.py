@@ -1,4 +1,4 @@
-"""Which engine runs a Sam: its image encoder, and its mask decoder in everything mode."""
+"""Which engine runs a Sam's image encoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Literal
 
 from segment_anything.modeling import Sam
 
-from tinysam.everything.graph_decoder import DecoderEngines
 from tinysam.modeling.image_encoder import TinyViTEncoder
 from tinysam.quant.folder import with_encoder
 from tinysam.quant.graph import export_graph
@@ -27,20 +26,17 @@ GRAPH_VERSION = 2
 
 
 def with_engine(sam: Sam, choice: EngineChoice = "auto", *, bf16: bool = False, graphs: Path | None = None) -> Sam:
-    """A Sam that runs on an engine: its image encoder, and its mask decoder where a grid of points is prompted.
-
-    Prompt encoder and mask decoder are shared with ``sam``; single prompts are decoded by torch.
+    """A Sam whose image encoder runs on an engine; prompt encoder and mask decoder are shared with ``sam``.
 
     Args:
         sam: in eval mode. An encoder that is an engine already, such as a quantized one, stays as it is.
-        choice: on a CPU, ``auto`` is ``openvino``, which takes a third of torch's time for a TinyViT and half of it for
-            prompts; other encoders stay on torch, as does everything on a GPU: a TinyViT's linear layers are 64 to 640
+        choice: on a CPU, ``auto`` is ``openvino`` for a TinyViT, which takes a third of torch's time for it; other
+            encoders stay on torch, as does everything on a GPU: a TinyViT's linear layers are 64 to 640
             channels wide, too few for 8 bits to win back what rounding their inputs costs (our estimate, which
             ``python -m benchmarks.gpu`` measures). ``compiled`` is ``torch.compile`` for the encoder, which takes
             minutes to start and so pays in long runs; ``int8`` and ``fp8`` are that with 8-bit linear layers, on GPUs.
         bf16: let the engine compute the encoder in bfloat16, where it and the processor can. Torch's two take the
-            precision of the autocast that they are called in instead; prompts are decoded as a generator's
-            ``precision`` says.
+            precision of the autocast that they are called in instead.
         graphs: where exported graphs are kept, by the hash of their weights. None: ``graphs`` in
             ``tinysam.weights.weights_folder()``; not beside the checkpoint, which may lie in a bucket.
 
@@ -48,7 +44,7 @@ def with_engine(sam: Sam, choice: EngineChoice = "auto", *, bf16: bool = False, 
         EngineError: if the engine that was asked for cannot run this encoder.
         FloatingPointError: if one of the encoder's weights is NaN or infinite.
     """
-    if choice == "torch" or _has_engines(sam):
+    if choice == "torch" or isinstance(sam.image_encoder, EngineImageEncoder):
         return sam
     if choice == "auto":
         return _automatic(sam, bf16, graphs)
@@ -56,11 +52,8 @@ def with_engine(sam: Sam, choice: EngineChoice = "auto", *, bf16: bool = False, 
         return _compiled(sam, choice)
     if sam.device.type != "cpu":
         raise EngineError(f"{choice} runs on CPUs, the model is on {sam.device}; choose torch or compiled")
-    encoder = sam.image_encoder
-    if not isinstance(encoder, EngineImageEncoder):
-        config = EngineConfig(engine=choice, precision="auto" if bf16 and choice == "openvino" else "fp32")
-        encoder = EngineImageEncoder(_float_graph(sam, graphs), config)
-    return _with_decoder(with_encoder(sam, encoder), choice, graphs)
+    config = EngineConfig(engine=choice, precision="auto" if bf16 and choice == "openvino" else "fp32")
+    return with_encoder(sam, EngineImageEncoder(_float_graph(sam, graphs), config))
 
 
 def engine_name(sam: Sam) -> str:
@@ -73,16 +66,9 @@ def engine_name(sam: Sam) -> str:
     return f"{compiled} {encoder.kind}" if isinstance(encoder, EightBitEncoder) else compiled
 
 
-def decoder_engine_name(sam: Sam) -> str:
-    """What decodes the prompts of everything mode, for run records: ``torch``, ``openvino`` or ``onnxruntime``."""
-    return sam.decoder_engines.engine if _has_engines(sam) else "torch"
-
-
 def _automatic(sam: Sam, bf16: bool, graphs: Path | None) -> Sam:
-    if sam.device.type != "cpu":
+    if sam.device.type != "cpu" or not isinstance(sam.image_encoder, TinyViTEncoder):
         return sam
-    if not isinstance(sam.image_encoder, TinyViTEncoder | EngineImageEncoder):
-        return _with_decoder(with_encoder(sam, sam.image_encoder), "openvino", graphs)
     try:
         return with_engine(sam, "openvino", bf16=bf16, graphs=graphs)
     except EngineError as error:
@@ -93,20 +79,9 @@ def _automatic(sam: Sam, bf16: bool, graphs: Path | None) -> Sam:
 def _compiled(sam: Sam, choice: Literal["compiled", EightBit]) -> Sam:
     if choice != "compiled" and sam.device.type != "cuda":
         raise EngineError(f"{choice} runs on GPUs, the model is on {sam.device}; pipelines/quantize.py is for CPUs")
-    if isinstance(sam.image_encoder, EngineImageEncoder):
-        return sam
     encoder = copy.deepcopy(sam.image_encoder) if choice == "compiled" else EightBitEncoder(sam.image_encoder, choice)
     encoder.compile()
     return with_encoder(sam, encoder)
-
-
-def _has_engines(sam: Sam) -> bool:
-    return hasattr(sam, "decoder_engines")
-
-
-def _with_decoder(sam: Sam, engine: EngineName, graphs: Path | None) -> Sam:
-    sam.decoder_engines = DecoderEngines(engine, graphs)
-    return sam
 
 
 def _float_graph(sam: Sam, graphs: Path | None) -> bytes:

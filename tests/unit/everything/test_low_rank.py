@@ -9,7 +9,16 @@ from segment_anything.modeling import Sam, TwoWayTransformer
 from torch import Tensor, nn
 
 from tinysam.everything.low_rank import LowRankDecoder, is_supported
+from tinysam.everything.tiled_decoder import TILE, TiledDecoder
 
+SHAPES = (
+    {},
+    {"heads": 4, "grid": (3, 7)},
+    {"downsample": 1, "heads": 2},
+    {"channels": 64, "grid": (2, 2)},
+    {"heads": 16, "grid": (1, 1)},
+)
+BUILDERS = (LowRankDecoder, TiledDecoder)
 PROMPTS = ("point", "several points", "box", "box and points")
 
 
@@ -53,27 +62,20 @@ def reference(sam: Sam, embedding: Tensor, sparse: Tensor, multimask_output: boo
 
 
 def by_low_rank(
-    sam: Sam, embedding: Tensor, sparse: Tensor, multimask_output: bool, dtype: torch.dtype | None = None
+    decoder: LowRankDecoder, embedding: Tensor, sparse: Tensor, multimask_output: bool = True
 ) -> tuple[Tensor, Tensor]:
-    decoder = LowRankDecoder(sam, dtype)
     image = decoder.share(embedding)
     decoded = decoder.decode(image, sparse, multimask_output)
-    return decoder.upscale(image, decoded), decoded.predicted_iou
+    return decoder.upscale(image, decoded, torch.arange(len(sparse))), decoded.predicted_iou
+
+
+def relative_error(masks: Tensor, exact: Tensor) -> float:
+    return float((masks - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("multimask_output", [True, False])
 @pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {},
-        {"heads": 4, "grid": (3, 7)},
-        {"downsample": 1, "heads": 2},
-        {"channels": 64, "grid": (2, 2)},
-        {"heads": 16, "grid": (1, 1)},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_sams_decoder_in_exact_arithmetic(
     build_decoder: Callable[..., Sam], shape: dict, prompt: str, multimask_output: bool
 ) -> None:
@@ -81,53 +83,91 @@ def test_equals_sams_decoder_in_exact_arithmetic(
     sparse, embedding = prompt_tokens(sam, prompt).double(), embedding_for(sam).double()
     exact = in_double(sam)
     masks, iou = reference(exact, embedding, sparse, multimask_output)
-    our_masks, our_iou = by_low_rank(exact, embedding, sparse, multimask_output)
+    our_masks, our_iou = by_low_rank(LowRankDecoder(exact), embedding, sparse, multimask_output)
     assert masks.std(0).mean() > 0.02 * masks.std(), "masks must depend on the prompt"
     torch.testing.assert_close(our_masks, masks, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(our_iou, iou, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("multimask_output", [True, False])
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_rounds_no_worse_than_sams_decoder_in_float32(build_decoder: Callable[..., Sam], prompt: str) -> None:
+@pytest.mark.parametrize("shape", [*SHAPES, {"grid": (TILE // 8, 9)}], ids=str)
+def test_tiles_of_any_number_round_no_worse_than_sams_decoder(
+    build_decoder: Callable[..., Sam], shape: dict, prompt: str, multimask_output: bool
+) -> None:
+    sam = build_decoder(**shape)
+    sparse, embedding = prompt_tokens(sam, prompt), embedding_for(sam)
+    exact, exact_iou = reference(in_double(sam), embedding.double(), sparse.double(), multimask_output)
+    masks, iou = by_low_rank(TiledDecoder(sam), embedding, sparse, multimask_output)
+    assert masks.dtype == iou.dtype == torch.float32
+    assert relative_error(masks, exact) < 5e-6
+    torch.testing.assert_close(iou.double(), exact_iou, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_rounds_no_worse_than_sams_decoder_in_float32(
+    build_decoder: Callable[..., Sam], prompt: str, build: type[LowRankDecoder]
+) -> None:
     sam = build_decoder(channels=128, grid=(16, 16))
     sparse, embedding = prompt_tokens(sam, prompt), embedding_for(sam)
     exact, _ = reference(in_double(sam), embedding.double(), sparse.double(), True)
-
-    def error(masks: Tensor) -> float:
-        return float((masks - exact).norm() / exact.norm())
-
-    ours = error(by_low_rank(sam, embedding, sparse, True)[0])
+    ours = relative_error(by_low_rank(build(sam), embedding, sparse)[0], exact)
     assert ours < 1e-5
-    assert ours < 1.5 * error(reference(sam, embedding, sparse, True)[0])
+    assert ours < 1.5 * relative_error(reference(sam, embedding, sparse, True)[0], exact)
 
 
 def test_bfloat16_products_keep_two_digits(build_decoder: Callable[..., Sam]) -> None:
     sam = build_decoder(channels=64, grid=(8, 8))
     sparse, embedding = prompt_tokens(sam, "point"), embedding_for(sam)
     masks, iou = reference(sam, embedding, sparse, True)
-    our_masks, our_iou = by_low_rank(sam, embedding, sparse, True, torch.bfloat16)
+    our_masks, our_iou = by_low_rank(LowRankDecoder(sam, torch.bfloat16), embedding, sparse)
     assert our_masks.dtype == our_iou.dtype == torch.float32
     assert 1e-4 < (our_masks - masks).norm() / masks.norm() < 3e-2
     torch.testing.assert_close(our_iou, iou, rtol=3e-2, atol=3e-2)
 
 
-def test_prompts_do_not_depend_on_those_beside_them(build_decoder: Callable[..., Sam]) -> None:
+@pytest.mark.parametrize("build", BUILDERS)
+def test_prompts_do_not_depend_on_those_beside_them(
+    build_decoder: Callable[..., Sam], build: type[LowRankDecoder]
+) -> None:
     sam = build_decoder()
-    sparse, embedding = prompt_tokens(sam, "point"), embedding_for(sam)
-    together, _ = by_low_rank(sam, embedding, sparse, True)
-    alone = torch.cat([by_low_rank(sam, embedding, sparse[i : i + 1], True)[0] for i in range(len(sparse))])
+    decoder, sparse, embedding = build(sam), prompt_tokens(sam, "point"), embedding_for(sam)
+    together, _ = by_low_rank(decoder, embedding, sparse)
+    alone = torch.cat([by_low_rank(decoder, embedding, one)[0] for one in sparse.split(1)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_selected_prompts_are_upscaled_alone(build_decoder: Callable[..., Sam]) -> None:
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("chosen", [[3, 1], [2], []])
+def test_chosen_prompts_are_upscaled_alone(
+    build_decoder: Callable[..., Sam], build: type[LowRankDecoder], chosen: list[int]
+) -> None:
     sam = build_decoder()
-    decoder = LowRankDecoder(sam)
+    decoder, some = build(sam), torch.tensor(chosen, dtype=torch.int64)
     image = decoder.share(embedding_for(sam))
     decoded = decoder.decode(image, prompt_tokens(sam, "box"))
-    some = torch.tensor([3, 1])
-    torch.testing.assert_close(
-        decoder.upscale(image, decoded.select(some)), decoder.upscale(image, decoded)[some], rtol=1e-4, atol=1e-5
-    )
+    every = decoder.upscale(image, decoded, torch.arange(5))
+    torch.testing.assert_close(decoder.upscale(image, decoded, some), every[some], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_tiles_are_the_same_on_any_number_of_threads(
+    build_decoder: Callable[..., Sam], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sam = build_decoder(grid=(12, 12))
+    decoder, sparse, embedding = TiledDecoder(sam), prompt_tokens(sam, "point"), embedding_for(sam)
+    expected, _ = by_low_rank(decoder, embedding, sparse)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    masks, _ = by_low_rank(decoder, embedding, sparse)
+    torch.testing.assert_close(masks, expected, rtol=0, atol=0)
+
+
+def test_no_prompts_are_no_masks(build_decoder: Callable[..., Sam]) -> None:
+    sam = build_decoder()
+    masks, iou = by_low_rank(TiledDecoder(sam), embedding_for(sam), torch.zeros(0, 2, 32))
+    assert masks.shape == (0, 3, 24, 20)
+    assert iou.shape == (0, 3)
 
 
 def test_other_decoders_are_refused(build_decoder: Callable[..., Sam]) -> None:
