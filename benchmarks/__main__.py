@@ -115,10 +115,8 @@ def commands(config: Benchmarks, lake: str, cache: tuple[str, ...]) -> dict[Name
         "codecs": ["codecs", "--cache", *cache, "--images", str(SCENES)],
         "planning": ["pipelines", "planning"],
         "driving": ["pipelines", "driving"],
-        "cache_teacher": [
-            *("pipelines", "loop", "--job", "cache_teacher", "--images", "120", "--images-per-shard", "20"),
-        ],
-        "label_images": ["pipelines", "loop", "--job", "label_images", "--images", "40", "--images-per-shard", "4"],
+        "cache_teacher": ["pipelines", "loop", "--job", "cache_teacher"],
+        "label_images": ["pipelines", "loop", "--job", "label_images"],
         "training": ["training", "--repeats", "1"],
         "gpu_vit_h": ["gpu", "--checkpoint", "vit_h", "--batch-size", "8"],
         "gpu_vit_t": ["gpu", "--checkpoint", "vit_t", "--batch-size", "32"],

@@ -16,6 +16,7 @@ from tinysam.runtime.eight_bit import EightBit, EightBitEncoder
 from tinysam.runtime.encoder import EngineImageEncoder
 from tinysam.runtime.engine import EngineConfig, EngineError, EngineName
 from tinysam.runtime.graphs import cached_graph, default_folder, identity, require_finite
+from tinysam.runtime.linear_speed import Kind, linear_seconds
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,11 @@ def with_engine(sam: Sam, choice: EngineChoice = "auto", *, bf16: bool = False, 
     Args:
         sam: in eval mode. An encoder that is an engine already, such as a quantized one, stays as it is.
         choice: on a CPU, ``auto`` is ``openvino`` for a TinyViT, which takes a third of torch's time for it; other
-            encoders stay on torch, as does everything on a GPU: a TinyViT's linear layers are 64 to 640
-            channels wide, too few for 8 bits to win back what rounding their inputs costs (our estimate, which
-            ``python -m benchmarks.gpu`` measures). ``compiled`` is ``torch.compile`` for the encoder, which takes
-            minutes to start and so pays in long runs; ``int8`` and ``fp8`` are that with 8-bit linear layers, on GPUs.
-        bf16: let the engine compute the encoder in bfloat16, where it and the processor can. Torch's two take the
+            encoders stay on torch. On a GPU it is torch, unless ``bf16`` is asked for and a measurement of half a
+            minute finds the encoder's linear layers faster in 8 bits (``linear_speed``); it is logged. ``compiled`` is
+            ``torch.compile`` for the encoder, which takes minutes to start and so pays in long runs; ``int8`` and
+            ``fp8`` are that with 8-bit linear layers, on GPUs.
+        bf16: let the engine compute the encoder in bfloat16, where it and the processor can. Torch's engines take the
             precision of the autocast that they are called in instead.
         graphs: where exported graphs are kept, by the hash of their weights. None: ``graphs`` in
             ``tinysam.weights.weights_folder()``; not beside the checkpoint, which may lie in a bucket.
@@ -48,6 +49,8 @@ def with_engine(sam: Sam, choice: EngineChoice = "auto", *, bf16: bool = False, 
         return sam
     if choice == "auto":
         return _automatic(sam, bf16, graphs)
+    if choice in ("int8", "fp8") and sam.device.type != "cuda":
+        raise EngineError(f"{choice} runs on GPUs, the model is on {sam.device}; pipelines/quantize.py is for CPUs")
     if choice == "compiled" or choice == "int8" or choice == "fp8":
         return _compiled(sam, choice)
     if sam.device.type != "cpu":
@@ -67,7 +70,9 @@ def engine_name(sam: Sam) -> str:
 
 
 def _automatic(sam: Sam, bf16: bool, graphs: Path | None) -> Sam:
-    if sam.device.type != "cpu" or not isinstance(sam.image_encoder, TinyViTEncoder):
+    if sam.device.type == "cuda":
+        return fastest_on_gpu(sam) if bf16 else sam
+    if not isinstance(sam.image_encoder, TinyViTEncoder):
         return sam
     try:
         return with_engine(sam, "openvino", bf16=bf16, graphs=graphs)
@@ -76,9 +81,16 @@ def _automatic(sam: Sam, bf16: bool, graphs: Path | None) -> Sam:
         return sam
 
 
+def fastest_on_gpu(sam: Sam) -> Sam:
+    """Torch in bfloat16, or compiled in 8 bits where they are faster."""
+    seconds = linear_seconds(sam.image_encoder)
+    fastest: Kind = min(seconds, key=seconds.__getitem__, default="bf16")
+    measured = ", ".join(f"{kind} {1000 * spent:.2f} ms" for kind, spent in seconds.items())
+    logger.info("the image encoder runs in %s: an image's linear layers take %s", fastest, measured or "no time")
+    return sam if fastest == "bf16" else _compiled(sam, fastest)
+
+
 def _compiled(sam: Sam, choice: Literal["compiled", EightBit]) -> Sam:
-    if choice != "compiled" and sam.device.type != "cuda":
-        raise EngineError(f"{choice} runs on GPUs, the model is on {sam.device}; pipelines/quantize.py is for CPUs")
     encoder = copy.deepcopy(sam.image_encoder) if choice == "compiled" else EightBitEncoder(sam.image_encoder, choice)
     encoder.compile()
     return with_encoder(sam, encoder)

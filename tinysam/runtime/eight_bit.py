@@ -33,31 +33,37 @@ class EightBitEncoder(nn.Module):
 
     def __init__(self, encoder: nn.Module, kind: EightBit) -> None:
         super().__init__()
-        try:
-            from torchao.quantization import (
-                Float8DynamicActivationFloat8WeightConfig,
-                Int8DynamicActivationInt8WeightConfig,
-                PerRow,
-                quantize_,
-            )
-        except ImportError as error:
-            raise EngineError(f"{kind} needs torchao ({error}); install tinysam[gpu]") from error
-        device = next(encoder.parameters()).device
-        if kind == "fp8":
-            if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
-                raise EngineError(f"{device} cannot multiply fp8; take int8, or torch, which computes in bfloat16")
-            config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
-        else:
-            config = Int8DynamicActivationInt8WeightConfig()
         self.kind = kind
         self.img_size = encoder.img_size
-        self.encoder = copy.deepcopy(encoder)
-        quantize_(self.encoder, config, filter_fn=lambda module, name: is_quantized(module))
+        self.encoder = in_eight_bits(encoder, kind)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(B, 3, S, S)`` normalised images to ``(B, C, S / 16, S / 16)``."""
         embeddings: torch.Tensor = self.encoder(x)
         return embeddings
+
+
+def in_eight_bits(module: nn.Module, kind: EightBit) -> nn.Module:
+    """A copy of a module whose linear layers multiply in 8 bits; raises as ``EightBitEncoder`` does."""
+    try:
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            Int8DynamicActivationInt8WeightConfig,
+            PerRow,
+            quantize_,
+        )
+    except ImportError as error:
+        raise EngineError(f"{kind} needs torchao ({error}); install tinysam[gpu]") from error
+    device = next(module.parameters()).device
+    if kind == "fp8":
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+            raise EngineError(f"{device} cannot multiply fp8; take int8, or torch, which computes in bfloat16")
+        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+    else:
+        config = Int8DynamicActivationInt8WeightConfig()
+    module = copy.deepcopy(module)
+    quantize_(module, config, filter_fn=lambda layer, name: is_quantized(layer))
+    return module
 
 
 def is_quantized(module: nn.Module) -> bool:
