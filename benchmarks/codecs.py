@@ -121,6 +121,12 @@ def masks(sam: Sam, sample: Sample, embedding: torch.Tensor) -> dict[str, torch.
     return {kind: at_target_stride(values) for kind, values in logits.items()}
 
 
+def agreement(logits: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """IoU of (N, 1, h, w) logits with others, (N,), where two empty masks agree."""
+    empty = ~((logits > 0) | (exact > 0)).flatten(1).any(1)
+    return torch.where(empty, 1.0, mask_iou(logits, (exact > 0).float())[:, 0])
+
+
 def measure(config: CodecBenchmark) -> list[dict[str, Any]]:
     """One row a codec."""
     cache = open_cache(config.cache)
@@ -143,7 +149,7 @@ def measure(config: CodecBenchmark) -> list[dict[str, Any]]:
             found = {"relative_error": [float((embedding - exact).norm() / exact.norm())]}
             for kind, logits in masks(sam, sample, embedding).items():
                 logits = logits[keep]
-                found[f"{kind}_iou_with_exact"] = mask_iou(logits, (expected[kind] > 0).float())[:, 0].tolist()
+                found[f"{kind}_iou_with_exact"] = agreement(logits, expected[kind]).tolist()
                 found[f"{kind}_iou"] = mask_iou(logits, targets)[:, 0].tolist()
             for key, values in found.items():
                 figures[name].setdefault(key, []).extend(values)

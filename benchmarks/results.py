@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 
 def write_results(path: Path, config: DataclassInstance, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes JSON: the command of this process, machine, versions, the configuration and ``rows`` as ``results``."""
+    """Writes JSON: this process's command, machine, versions, its configuration without ``output``, and the rows."""
+    values = {name: value for name, value in asdict(config).items() if name != "output"}
     described = {
         "command": command(sys.argv),
         "machine": describe_machine(),
         "versions": package_versions(),
-        "config": json.loads(json.dumps(asdict(config), default=str)),
+        "config": json.loads(json.dumps(values, default=str)),
         "results": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
