@@ -155,6 +155,29 @@ def add_mixed(weights, columns, decay, added, mixed):
 
 
 @numba.njit(**COMPILED)
+def _scale(weights, factors):
+    """Multiplies the columns of (R, W) by (W,), in place."""
+    for r in range(len(weights)):
+        for n in range(len(factors)):
+            weights[r, n] *= factors[n]
+
+
+@numba.njit(**COMPILED)
+def _inverse_deviation(square, channels, epsilon, inverse):
+    """``algebra.inverse_deviation`` of a tile's sums of squares (W,), to ``inverse`` (W,)."""
+    for n in range(len(square)):
+        inverse[n] = _ONE / np.sqrt(max(square[n], _ZERO) / channels + epsilon)
+
+
+@numba.njit(**COMPILED)
+def _divide(sums, total):
+    """Divides weighted sums (B, R, K) by the sums of their weights (B, R), in place."""
+    for p in range(len(sums)):
+        for r in range(sums.shape[1]):
+            sums[p, r] /= total[p, r]
+
+
+@numba.njit(**COMPILED)
 def read_shared(image, query, n_tokens, average):
     """Attention of B prompts to image tokens that are the same for all.
 
@@ -175,9 +198,7 @@ def read_shared(image, query, n_tokens, average):
             by_head(query[p], keys[i], weights)
             weigh(weights, min(width, n_tokens - i * width), peak[p], total[p], decay)
             add_average(weights, values[i], decay, average[p])
-    for p in range(n_prompts):
-        for r in range(rank):
-            average[p, r // n_queries, r % n_queries] /= total[p, r]
+    _divide(average.reshape(n_prompts, rank, -1), total)
 
 
 @numba.njit(**COMPILED)
@@ -218,8 +239,7 @@ def write_and_read(image, prompts, n_tokens, channels, epsilon, columns, inverse
             for r in range(rank):
                 for n in range(width):
                     square[n] += a[r, n] * (product[r, n] + weights[r, n])
-            for n in range(width):
-                r1[n] = _ONE / np.sqrt(max(square[n], _ZERO) / channels + epsilon)
+            _inverse_deviation(square, channels, epsilon, r1)
 
             np.dot(absorbed[p], a, weights)
             by_head(query[p], keys_1[i], pair)
@@ -227,15 +247,11 @@ def write_and_read(image, prompts, n_tokens, channels, epsilon, columns, inverse
                 for n in range(width):
                     weights[r, n] = (weights[r, n] + pair[r, n]) * r1[n] + pair[r, width + n]
             weigh(weights, min(width, n_tokens - i * width), peak[p], total[p], decay)
-            for r in range(rank):
-                for n in range(width):
-                    weights[r, n] *= r1[n]
+            _scale(weights, r1)
             add_mixed(weights, a, decay, added, mixed[p])
             add_average(weights, values_1[i], decay, average[p])
-    for p in range(n_prompts):
-        for r in range(rank):
-            mixed[p, r] /= total[p, r]
-            average[p, r // n_queries, r % n_queries] /= total[p, r]
+    _divide(mixed, total)
+    _divide(average.reshape(n_prompts, rank, -1), total)
 
 
 @numba.njit(**COMPILED)
@@ -297,8 +313,7 @@ def write_and_read_again(image, prompts, n_tokens, channels, epsilon, columns, i
                 for n in range(width):
                     others = product[rank + r, n] + r1[n] * cross[rank + r, n] + rows_offset[p, rank + r]
                     square[n] += b[r, n] * (own[r, n] + others)
-            for n in range(width):
-                r2[n] = _ONE / np.sqrt(max(square[n], _ZERO) / channels + epsilon)
+            _inverse_deviation(square, channels, epsilon, r2)
 
             np.dot(final[p], both, weights)
             by_head(query[p], keys_2[i], final_pair)
@@ -314,16 +329,11 @@ def write_and_read_again(image, prompts, n_tokens, channels, epsilon, columns, i
                     added_sum += weights[r, n]
                 sums[p, r] = sums[p, r] * decay[r] + added_sum
             add_mixed(weights, both, decay, added, mixed[p])
-            for r in range(n_final):
-                for n in range(width):
-                    weights[r, n] *= r1[n]
+            _scale(weights, r1)
             add_average(weights, values_2[i], decay, average[p])
-    n_queries = query.shape[2]
-    for p in range(n_prompts):
-        for r in range(n_final):
-            mixed[p, r] /= total[p, r]
-            sums[p, r] /= total[p, r]
-            average[p, r // n_queries, r % n_queries] /= total[p, r]
+    _divide(mixed, total)
+    _divide(sums.reshape(n_prompts, n_final, 1), total)
+    _divide(average.reshape(n_prompts, n_final, -1), total)
 
 
 @numba.njit(**COMPILED)

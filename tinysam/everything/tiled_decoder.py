@@ -41,7 +41,6 @@ class TiledDecoder(LowRankDecoder):
     @torch.no_grad()
     def __init__(self, sam: Sam) -> None:
         super().__init__(sam, torch.float32)
-        self.rows_1 = (self.rows_10, self.rows_11)
         self.constant = np.float32(self.offset.square().sum())
         norm: nn.LayerNorm = self.decoder.output_upscaling[1]
         bias = self.norms[1].bias @ self.up_weight + self.up_bias
@@ -125,7 +124,7 @@ class TiledDecoder(LowRankDecoder):
         n_prompts, heads, n_queries, _ = query.shape
         n_final = heads * n_queries
         absorbed = (key @ input_by_head(self.to_tokens[1].q_proj, heads)).flatten(1, 2) @ update.rows.mT
-        first, second = ((value @ by_head).flatten(1, 2) for value, by_head in zip(values, self.rows_1, strict=True))
+        first, second = (values[0] @ self.rows_10).flatten(1, 2), (values[1] @ self.rows_11).flatten(1, 2)
         centred_rows = torch.cat([first, second], dim=1)
         rows = centred_rows * self.norms[1].weight
         final = self._absorbed(2, query)

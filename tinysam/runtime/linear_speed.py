@@ -58,12 +58,12 @@ def linear_shapes(encoder: nn.Module) -> Counter[LinearShape]:
 
 def linear_seconds(encoder: nn.Module, *, compiled: bool = True) -> dict[Kind, float]:
     """Seconds that an image's linear layers take in each precision that the encoder's device has, bf16 first."""
-    shapes = linear_shapes(encoder).most_common()
-    shapes = sorted(shapes, key=lambda item: -item[1] * math.prod(item[0]))[:MEASURED_SHAPES]
+    shapes = linear_shapes(encoder)
+    heaviest = sorted(shapes, key=lambda shape: shapes[shape] * math.prod(shape), reverse=True)[:MEASURED_SHAPES]
     total: dict[Kind, float] = {}
-    for shape, count in shapes:
+    for shape in heaviest:
         for kind, seconds in _seconds(shape, next(encoder.parameters()).device, compiled).items():
-            total[kind] = total.get(kind, 0.0) + count * seconds
+            total[kind] = total.get(kind, 0.0) + shapes[shape] * seconds
     return total
 
 
