@@ -1,4 +1,7 @@
-"""Comparisons as the bits of words, for kernels that Numba compiles: LLVM makes them the CPU's vector instructions."""
+"""Comparisons as the bits of words, for kernels that Numba compiles: LLVM makes them the CPU's vector instructions.
+
+Numba keeps a compiled kernel until the kernel's own file changes: after a change here, touch ``mask_pass.py``.
+"""
 # mypy: disallow_untyped_defs = false
 
 from __future__ import annotations

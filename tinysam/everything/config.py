@@ -53,8 +53,8 @@ class MaskGeneratorConfig:
     """How a record holds its mask: an (H, W) bool array, a dict of run lengths, or COCO's compressed string."""
 
     precision: Precision = "float32"
-    """Of the network's large products; on a CPU, of the image encoder's only. bfloat16 is faster where a processor has
-    it, and masks change slightly."""
+    """Of the network's large products. bfloat16 is faster where a processor has it (on a CPU, for the decoder: Intel's
+    AMX), and masks change slightly."""
 
     def __post_init__(self) -> None:
         for name, least in (

@@ -97,8 +97,8 @@ class ImageDecoders:
 
     Args:
         sam: the model; its weights are rearranged once, so this lives as long as they stay as they are.
-        dtype: of the low-rank decoder's products on a GPU; the model's type by default. A CPU computes in float32, as
-            fast as it would in bfloat16.
+        dtype: of the low-rank decoder's products; the model's type by default. A CPU without tile registers for
+            bfloat16 multiplies in float32 all the same.
     """
 
     def __init__(self, sam: Sam, dtype: torch.dtype | None = None) -> None:
@@ -122,7 +122,7 @@ class ImageDecoders:
             return PlainDecoder(self.sam, embedding)
         if self._low_rank is None:
             tiled = embedding.device.type == "cpu" and embedding.dtype == torch.float32
-            self._low_rank = TiledDecoder(self.sam) if tiled else LowRankDecoder(self.sam, self.dtype)
+            self._low_rank = TiledDecoder(self.sam, self.dtype) if tiled else LowRankDecoder(self.sam, self.dtype)
         return LowRankImageDecoder(self._low_rank, embedding)
 
 

@@ -97,8 +97,7 @@ class LowRankDecoder:
         # What an update adds to the image tokens is the tokens' values times these (H, d, C), centred along C.
         outputs = [centred(output_by_head(attention.out_proj, attention.num_heads)) for attention in self.to_tokens]
         self.rows_0 = outputs[0]
-        self.rows_0_scaled = outputs[0] * first.norm4.weight
-        self.rows_10, self.rows_11 = centred(self.rows_0_scaled), outputs[1]
+        self.rows_10, self.rows_11 = centred(self.rows_0 * first.norm4.weight), outputs[1]
         self.offset = centred(first.norm4.bias + self.to_tokens[1].out_proj.bias)
         self.offset_2 = self.offset * second.norm4.weight
 
@@ -254,24 +253,25 @@ class LowRankDecoder:
         """Layer 0's update of the image, by ``key`` and ``value``, and layer 1's attention to it, (B, H, T, d)."""
         weights = by_shared(key.to(self.dtype), image.queries_0).softmax(2).flatten(1, 2)
         cross = by_shared(value.to(self.dtype), image.cross_0).flatten(1, 2)
-        square = image.squares_0 + self._weighted(weights, (value @ self.rows_0).flatten(1, 2), cross)
+        centred_rows = by_shared(value, self.rows_0).flatten(1, 2)
+        square = image.squares_0 + self._weighted(weights, centred_rows, cross)
         inverse = inverse_deviation(square, self.norms[0])
-        update = Update(inverse, None, weights, (value @ self.rows_0_scaled).flatten(1, 2), None)
+        update = Update(inverse, None, weights, centred_rows * self.norms[0].weight, None)
         return self._read(1, query, image.keys_1, image.values_1, update), update
 
     def _write_and_read_again(
         self, image: SharedImage, key: Tensor, values: tuple[Tensor, Tensor], query: Tensor, update: Update
     ) -> tuple[Tensor, Update]:
         """Layer 1's update of the image, by ``key``, and the final attention to it; ``values`` are of both layers."""
-        logits = self._logits(key, self.to_tokens[1].q_proj, image.queries_1, self.position_queries, update)
+        absorbed = self._absorbed_key(key)
+        logits = self._logits(key, absorbed, image.queries_1, self.position_queries, update)
         weights = logits.unflatten(1, key.shape[1:3]).softmax(2).flatten(1, 2)
         update = self._second_update(image, values, weights, update)
         return self._read(2, query, image.keys_2, image.values_2, update), update
 
     def _read(self, i: int, query: Tensor, shared_keys: Tensor, shared_values: Tensor, update: Update) -> Tensor:
         """Attention ``i`` from tokens to an updated image, without the biases that ``_out`` adds."""
-        attention = self.to_image[i]
-        logits = self._logits(query, attention.k_proj, shared_keys, self.position_keys[i], update)
+        logits = self._logits(query, self._absorbed(i, query), shared_keys, self.position_keys[i], update)
         weights = logits.softmax(-1) * update.inverse.to(self.dtype)
         mixed = torch.bmm(weights, update.columns.transpose(1, 2)).to(query.dtype) @ update.rows
         if update.offset is not None:
@@ -279,12 +279,27 @@ class LowRankDecoder:
         if update.previous is not None:
             weights *= update.previous.to(self.dtype)
         by_head = query.shape[1:3]
-        output = mixed.unflatten(1, by_head) @ input_by_head(attention.v_proj, attention.num_heads).transpose(1, 2)
+        output = self._values_of(i, mixed.unflatten(1, by_head))
         return output + average_shared(weights.unflatten(1, by_head), shared_values).to(query.dtype)
 
-    def _logits(self, query: Tensor, projection: nn.Linear, shared: Tensor, position: Tensor, update: Update) -> Tensor:
-        """Products of ``query`` (B, H, T, d) with updated and projected image tokens, (B, R, N)."""
-        absorbed = (query @ input_by_head(projection, query.shape[1])).flatten(1, 2)  # (B, R, C)
+    def _absorbed(self, i: int, query: Tensor) -> Tensor:
+        """Queries (B, H, T, d) of attention ``i`` taken back through its projection of keys, (B, R, C)."""
+        return by_shared(query, input_by_head(self.to_image[i].k_proj, query.shape[1])).flatten(1, 2)
+
+    def _absorbed_key(self, key: Tensor) -> Tensor:
+        """Keys (B, H, T, d) of layer 1 taken back through its projection of the image's queries, (B, R, C)."""
+        return by_shared(key, input_by_head(self.to_tokens[1].q_proj, key.shape[1])).flatten(1, 2)
+
+    def _values_of(self, i: int, tokens: Tensor) -> Tensor:
+        """The values (B, H, T, d) in attention ``i`` of tokens that differ by head, (B, H, T, C)."""
+        return by_shared(tokens, input_by_head(self.to_image[i].v_proj, tokens.shape[1]).mT)
+
+    def _logits(self, query: Tensor, absorbed: Tensor, shared: Tensor, position: Tensor, update: Update) -> Tensor:
+        """Products of ``query`` (B, H, T, d) with updated and projected image tokens, (B, R, N).
+
+        Args:
+            absorbed: (B, R, C), the query taken back through the projection.
+        """
         query = query.to(self.dtype)
         by_head = query.shape[1:3]
         logits = torch.bmm((absorbed @ update.rows.transpose(1, 2)).to(self.dtype), update.columns)
@@ -303,7 +318,7 @@ class LowRankDecoder:
     ) -> Update:
         value_0, value_1 = values
         previous = update.inverse
-        rows = torch.cat([value_0 @ self.rows_10, value_1 @ self.rows_11], dim=1).flatten(1, 2)
+        rows = self._centred_rows(values)
         columns = torch.cat([update.columns * previous.to(self.dtype), weights], dim=1)
         cross = torch.cat(
             [
@@ -318,6 +333,11 @@ class LowRankDecoder:
         square = scale.square() * image.squares_1 + 2 * scale * image.offset_1 + self.offset.square().sum()
         inverse = inverse_deviation(square + self._weighted(columns, rows, cross), self.norms[1])
         return Update(inverse, previous, columns, rows * self.norms[1].weight, self.offset_2)
+
+    def _centred_rows(self, values: tuple[Tensor, Tensor]) -> Tensor:
+        """What both updates' columns are multiplied by, (B, 2 R, C), before the second LayerNorm's gain."""
+        by_layer = [by_shared(value, rows) for value, rows in zip(values, (self.rows_10, self.rows_11), strict=True)]
+        return torch.cat(by_layer, dim=1).flatten(1, 2)
 
     def _weighted(self, columns: Tensor, rows: Tensor, cross: Tensor) -> Tensor:
         """Sum over R of columns * (cross + rows rows' columns), (B, N): what an update adds to the tokens' squares."""

@@ -19,7 +19,6 @@ from tinysam.everything.dense_mask_pass import sweep_dense
 from tinysam.everything.grids import Crop
 from tinysam.everything.resampling import Taps, composed
 
-
 _ONE = np.uint64(1)
 
 

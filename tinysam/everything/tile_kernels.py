@@ -1,8 +1,9 @@
 """What ``tiled_decoder`` does with the image tokens of one prompt, a tile of them at a time.
 
 A tile's matrices stay in a core's cache from the first product to the last, where an engine that executes a graph
-writes and reads each of them in memory. Products are BLAS's; what lies between them is one loop each. Of H heads of d
-channels, T tokens of a prompt, R = H T, W image tokens of a tile, C channels; float32, and everything contiguous.
+writes and reads each of them in memory. Products are ``tile_products``'s, of operands in float32 or bfloat16; what lies
+between them is one loop each, in float32. Of H heads of d channels, T tokens of a prompt, R = H T, W image tokens of a
+tile, C channels. Matrices have image tokens along their rows, so that a loop's neighbours are neighbours in memory.
 ``low_rank`` derives what is computed.
 """
 # mypy: disallow_untyped_defs = false
@@ -13,13 +14,28 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
-# NaN must come through, or damaged weights would go unnoticed: only what may reorder sums is allowed.
-FAST = {"contract", "nsz", "reassoc", "arcp"}
-# Python's division would ask before each whether the divisor is 0.
-COMPILED = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": FAST}
+from tinysam.everything.tile_products import (
+    FAST_MATH,
+    NOT_COMPILED,
+    add_by_head,
+    as_left,
+    as_matrix,
+    as_right,
+    close_operands,
+    left_buffer,
+    open_operands,
+    pair,
+    product,
+    product_by_head,
+    result,
+    right_buffer,
+    room_for,
+    transposed,
+)
 
+COMPILED = {**FAST_MATH, "cache": True}
 LANES = 16
 """Float32 numbers of a vector register, which a tile's width is a multiple of."""
 _LOWEST = np.float32(-87.0)
@@ -37,6 +53,11 @@ _P0, _P1, _P2, _P3, _P4 = (
 )
 _Q1, _Q2, _Q3, _Q4, _Q5 = (
     np.float32(q) for q in (0.312458163, 0.0425015866, 0.0032588274, 0.000147143671, 6.03774204e-07)
+)
+# erf(x / sqrt(2)) / 2 is x G(x^2) to 4e-4 up to this x: fitted likewise.
+_ROUGH_END = np.float32(3.6)
+_G0, _G1, _G2, _G3, _G4, _G5 = (
+    np.float32(g) for g in (0.39716357, -0.0634482875, 0.00818874687, -0.000675001181, 3.12369120e-05, -6.10876725e-07)
 )
 
 
@@ -69,6 +90,15 @@ def gelu(x):
     p = (((_P4 * t + _P3) * t + _P2) * t + _P1) * t + _P0
     q = ((((_Q5 * t + _Q4) * t + _Q3) * t + _Q2) * t + _Q1) * t + _ONE
     return _HALF * x * (_ONE + z * p / q)
+
+
+@numba.njit(**COMPILED)
+def rough_gelu(x):
+    """GELU of a float32, to 4e-4 times x or 1, which bfloat16 rounds to 4e-3 anyway."""
+    z = -_ROUGH_END if x < -_ROUGH_END else x
+    z = _ROUGH_END if z > _ROUGH_END else z
+    t = z * z
+    return x * (_HALF + z * (((((_G5 * t + _G4) * t + _G3) * t + _G2) * t + _G1) * t + _G0))
 
 
 @numba.njit(**COMPILED)
@@ -107,15 +137,18 @@ def weigh(logits, valid, peak, total, decay):
     rank, width = logits.shape
     lanes = np.empty(LANES, np.float32)
     for r in range(rank):
-        logits[r, valid:] = -np.inf
+        if valid < width:
+            logits[r, valid:] = -np.inf
         # A plain maximum is one long chain of comparisons, which compilers leave as it is for the sake of NaN.
         lanes[:] = peak[r]
         for n in range(0, width, LANES):
             for j in range(LANES):
                 lanes[j] = max(lanes[j], logits[r, n + j])
-        highest = peak[r]
-        for j in range(LANES):
-            highest = max(highest, lanes[j])
+        for j in range(8):
+            lanes[j] = max(lanes[j], lanes[j + 8])
+        for j in range(4):
+            lanes[j] = max(lanes[j], lanes[j + 4])
+        highest = max(max(lanes[0], lanes[1]), max(lanes[2], lanes[3]))
         added = _ZERO
         for n in range(width):
             logits[r, n] = exp(logits[r, n] - highest)
@@ -126,32 +159,13 @@ def weigh(logits, valid, peak, total, decay):
 
 
 @numba.njit(**COMPILED)
-def by_head(left, right, out):
-    """(H, T, d) by (H, d, K), into (H T, K)."""
-    n_tokens = left.shape[1]
-    for h in range(len(left)):
-        np.dot(left[h], right[h], out[h * n_tokens : (h + 1) * n_tokens])
-
-
-@numba.njit(**COMPILED)
-def add_average(weights, values, decay, average):
-    """Adds (H T, W) by (H, W, d) to ``average`` (H, T, d), times ``decay`` (H T,)."""
-    heads, n_tokens, channels = average.shape
-    added = np.empty((n_tokens, channels), np.float32)
-    for h in range(heads):
-        np.dot(weights[h * n_tokens : (h + 1) * n_tokens], values[h], added)
-        for t in range(n_tokens):
-            for c in range(channels):
-                average[h, t, c] = average[h, t, c] * decay[h * n_tokens + t] + added[t, c]
-
-
-@numba.njit(**COMPILED)
-def add_mixed(weights, columns, decay, added, mixed):
-    """Adds ``weights`` (R, W) by ``columns`` (K, W) to ``mixed`` (R, K), times ``decay`` (R,)."""
-    np.dot(weights, columns.T, added)
-    for r in range(len(mixed)):
-        for k in range(mixed.shape[1]):
-            mixed[r, k] = mixed[r, k] * decay[r] + added[r, k]
+def add_mixed(columns, weights, decay, added, mixed):
+    """Adds the left operand ``columns`` (K, W) by the right one ``weights`` (W, R) to ``mixed`` (K, R), times ``decay``
+    (R,)."""
+    product(columns, weights, added)
+    for k in range(len(mixed)):
+        for r in range(mixed.shape[1]):
+            mixed[k, r] = mixed[k, r] * decay[r] + added[k, r]
 
 
 @numba.njit(**COMPILED)
@@ -170,11 +184,14 @@ def _inverse_deviation(square, channels, epsilon, inverse):
 
 
 @numba.njit(**COMPILED)
-def _divide(sums, total):
-    """Divides weighted sums (B, R, K) by the sums of their weights (B, R), in place."""
-    for p in range(len(sums)):
-        for r in range(sums.shape[1]):
-            sums[p, r] /= total[p, r]
+def _divide(average, total):
+    """Divides weighted sums (B, H, T, d) by the sums of their weights (B, H T), in place."""
+    n_prompts, heads, n_queries, channels = average.shape
+    for p in range(n_prompts):
+        for h in range(heads):
+            for t in range(n_queries):
+                for c in range(channels):
+                    average[p, h, t, c] /= total[p, h * n_queries + t]
 
 
 @numba.njit(**COMPILED)
@@ -182,23 +199,26 @@ def read_shared(image, query, n_tokens, average):
     """Attention of B prompts to image tokens that are the same for all.
 
     Args:
-        image: keys (tiles, H, d, W) and values (tiles, H, W, d).
-        query: (B, H, T, d), scaled.
+        image: keys (tiles, H d, W), right operands, and values (tiles, ...) as ``add_by_head`` takes them.
+        query: (B, ...) left operands by head, scaled.
         n_tokens: N, image tokens without padding.
         average: (B, H, T, d), the result.
     """
     keys, values = image
-    n_prompts, heads, n_queries, _ = query.shape
-    rank, width = heads * n_queries, keys.shape[3]
-    weights, decay = np.empty((rank, width), np.float32), np.empty(rank, np.float32)
+    n_prompts, heads, n_queries, channels = average.shape
+    rank, width, by_head = heads * n_queries, keys.shape[2], (heads, n_queries)
+    weights, added = result(query, rank, width), result(query, rank, heads * channels)
+    left, decay = left_buffer(query, rank, width), np.empty(rank, np.float32)
     peak, total = np.full((n_prompts, rank), -np.inf, np.float32), np.zeros((n_prompts, rank), np.float32)
     average[:] = _ZERO
+    open_operands(query)
     for i in range(len(keys)):
         for p in range(n_prompts):
-            by_head(query[p], keys[i], weights)
-            weigh(weights, min(width, n_tokens - i * width), peak[p], total[p], decay)
-            add_average(weights, values[i], decay, average[p])
-    _divide(average.reshape(n_prompts, rank, -1), total)
+            product_by_head(query[p], keys[i], by_head, weights)
+            weigh(weights[:rank], min(width, n_tokens - i * width), peak[p], total[p], decay)
+            add_by_head(as_left(weights[:rank], left), values[i], by_head, decay, added, average[p])
+    close_operands(query)
+    _divide(average, total)
 
 
 @numba.njit(**COMPILED)
@@ -206,52 +226,60 @@ def write_and_read(image, prompts, n_tokens, channels, epsilon, columns, inverse
     """Layer 0's update of the image tokens, and layer 1's attention of B prompts' tokens to them.
 
     Args:
-        image: queries (tiles, H, d, W) and cross (the same) of layer 0, squares (tiles, W); of layer 1 keys with those
-            of the positions behind them (tiles, H, d, 2 W), and values (tiles, H, W, d).
-        prompts: key (B, H, T, d) and value (B, H, T, d) of layer 0, the gram matrix of the update's rows (B, R, R); the
-            query of layer 1 (B, H, T, d) and its product with those rows (B, R, R).
+        image: queries and cross of layer 0 (tiles, H d, W), right operands, and squares (tiles, W); of layer 1 keys
+            with those of the positions behind them (tiles, H d, 2 W), right operands, and values (tiles, ...).
+        prompts: left operands (B, ...): key and value of layer 0 by head, the gram matrix of the update's rows (R, R);
+            the query of layer 1 by head, and its product with those rows (R, R).
         n_tokens: N, image tokens without padding.
         channels, epsilon: of LayerNorm.
-        columns: (B, tiles, 2 R, W), whose first half becomes the weights A1.
+        columns: (B, tiles, 2, ...), two right operands (R, W) each, of which the first becomes the weights A1.
         inverse: (B, tiles, W), becomes r1.
-        mixed: (B, R, R), becomes the attention's weights times r1 by A1'.
+        mixed: (B, R, R), becomes A1 by the attention's weights times r1.
         average: (B, H, T, d), becomes the attention's weights times r1 by the values.
     """
     queries_0, cross_0, squares_0, keys_1, values_1 = image
     key, value, gram, query, absorbed = prompts
-    n_prompts, heads, n_queries, _ = key.shape
-    rank, width = heads * n_queries, queries_0.shape[3]
-    product, weights = np.empty((rank, width), np.float32), np.empty((rank, width), np.float32)
-    pair, added = np.empty((rank, 2 * width), np.float32), np.empty((rank, rank), np.float32)
+    n_prompts, heads, n_queries, head_channels = average.shape
+    rank, width, by_head = heads * n_queries, queries_0.shape[2], (heads, n_queries)
+    floats, products, weights = result(key, rank, width), result(key, rank, width), result(key, rank, width)
+    placed, added = result(key, rank, 2 * width), result(key, rank, heads * head_channels)
+    left, added_mixed = left_buffer(key, rank, width), result(key, rank, rank)
+    left_weights, right_weights = left_buffer(key, rank, width), right_buffer(key, width, rank)
     square, decay = np.empty(width, np.float32), np.empty(rank, np.float32)
     peak, total = np.full((n_prompts, rank), -np.inf, np.float32), np.zeros((n_prompts, rank), np.float32)
     mixed[:] = _ZERO
     average[:] = _ZERO
+    open_operands(key)
     for i in range(len(queries_0)):
         for p in range(n_prompts):
-            a, r1 = columns[p, i, :rank], inverse[p, i]
-            by_head(key[p], queries_0[i], a)
-            softmax_over_tokens(a, heads)
+            first, r1 = columns[p, i, 0], inverse[p, i]
+            a = room_for(first, floats)
+            product_by_head(key[p], queries_0[i], by_head, a)
+            softmax_over_tokens(a[:rank], heads)
+            as_right(a[:rank], first)
 
-            np.dot(gram[p], a, product)
-            by_head(value[p], cross_0[i], weights)
+            product(gram[p], first, products)
+            product_by_head(value[p], cross_0[i], by_head, weights)
             square[:] = squares_0[i]
             for r in range(rank):
                 for n in range(width):
-                    square[n] += a[r, n] * (product[r, n] + weights[r, n])
+                    square[n] += a[r, n] * (products[r, n] + weights[r, n])
             _inverse_deviation(square, channels, epsilon, r1)
 
-            np.dot(absorbed[p], a, weights)
-            by_head(query[p], keys_1[i], pair)
+            product(absorbed[p], first, weights)
+            product_by_head(query[p], keys_1[i], by_head, placed)
             for r in range(rank):
                 for n in range(width):
-                    weights[r, n] = (weights[r, n] + pair[r, n]) * r1[n] + pair[r, width + n]
-            weigh(weights, min(width, n_tokens - i * width), peak[p], total[p], decay)
-            _scale(weights, r1)
-            add_mixed(weights, a, decay, added, mixed[p])
-            add_average(weights, values_1[i], decay, average[p])
-    _divide(mixed, total)
-    _divide(average.reshape(n_prompts, rank, -1), total)
+                    weights[r, n] = (weights[r, n] + placed[r, n]) * r1[n] + placed[r, width + n]
+            weigh(weights[:rank], min(width, n_tokens - i * width), peak[p], total[p], decay)
+            _scale(weights[:rank], r1)
+            scaled = as_left(weights[:rank], left_weights)
+            add_mixed(as_left(a[:rank], left), transposed(scaled, right_weights), decay, added_mixed, mixed[p])
+            add_by_head(scaled, values_1[i], by_head, decay, added, average[p])
+    close_operands(key)
+    for p in range(n_prompts):
+        mixed[p] /= total[p]
+    _divide(average, total)
 
 
 @numba.njit(**COMPILED)
@@ -259,81 +287,99 @@ def write_and_read_again(image, prompts, n_tokens, channels, epsilon, columns, i
     """Layer 1's update of the image tokens, and the final attention of F of B prompts' tokens to them.
 
     Args:
-        image: of layer 1 queries with those of the positions behind them (tiles, H, d, 2 W), cross with layer 0's and
-            with its own rows (tiles, H, d, W), squares and offset (tiles, W), the constant's square; of the final
-            attention keys with those of the positions (tiles, H, d, 2 W) and values (tiles, H, W, d).
-        prompts: key of layer 1 (B, H, T, d) and its product with the rows of layer 0's update (B, R, R); values of both
-            layers (B, H, T, d); the gram matrix of both updates' rows as ``[G11; 2 G21]`` (B, 2 R, R) and ``G22``
-            (B, R, R); twice the rows' product with the offset (B, 2 R); the final query (B, H, F, d), and its products
-            with the rows (B, H F, 2 R) and with the offset (B, H F).
-        columns: (B, tiles, 2 R, W), whose first half is A1 and becomes r1 A1; the second half becomes A2.
+        image: of layer 1 queries with those of the positions behind them (tiles, H d, 2 W), cross with layer 0's and
+            with its own rows (tiles, H d, W), right operands, squares and offset (tiles, W), the constant's square; of
+            the final attention keys with those of the positions (tiles, H d, 2 W), right operands, and values (tiles,
+            ...).
+        prompts: left operands (B, ...): key of layer 1 by head and its product with the rows of layer 0's update
+            (R, R); values of both layers by head; the gram matrix of both updates' rows as G11, 2 G21 and G22 (R, R);
+            the final query by head (H, F, d), and its product with those rows (H F, 2 R), of halves. Behind them twice
+            the rows' product with the offset (B, 2, R) and the final query's with it (B, H F), float32.
+        columns: (B, tiles, 2, ...), two right operands (R, W) each. The first is A1 and becomes r1 A1; the second
+            becomes A2.
         inverse: (B, tiles, W), is r1 and becomes r2.
         previous: (B, tiles, W), becomes r1.
-        mixed: (B, H F, 2 R), becomes the attention's weights times r2 by the columns.
+        mixed: (B, 2, R, H F), becomes the columns by the attention's weights times r2.
         sums: (B, H F), becomes the sum of the weights times r2.
         average: (B, H, F, d), becomes the attention's weights times r2 r1 by the values.
     """
     queries_1, cross_10, cross_11, squares_1, offset_1, constant, keys_2, values_2 = image
-    key, absorbed, value_0, value_1, gram_0, gram_1, rows_offset, query, final, final_offset = prompts
-    n_prompts, heads, n_queries, _ = key.shape
-    rank, n_final, width = heads * n_queries, final.shape[1], queries_1.shape[3] // 2
-    product, cross = np.empty((2 * rank, width), np.float32), np.empty((2 * rank, width), np.float32)
-    own, weights = np.empty((rank, width), np.float32), np.empty((n_final, width), np.float32)
-    pair, final_pair = np.empty((rank, 2 * width), np.float32), np.empty((n_final, 2 * width), np.float32)
-    added, decay = np.empty((n_final, 2 * rank), np.float32), np.empty(n_final, np.float32)
-    square = np.empty(width, np.float32)
-    peak, total = np.full((n_prompts, n_final), -np.inf, np.float32), np.zeros((n_prompts, n_final), np.float32)
+    key, absorbed, value_0, value_1, gram_11, gram_21, gram_22, query, final, rows_offset, final_offset = prompts
+    n_prompts, heads, n_final, head_channels = average.shape
+    rank, width = rows_offset.shape[2], cross_10.shape[2]
+    by_head, final_by_head = (heads, rank // heads), (heads, n_final)
+    n_weights = heads * n_final
+    floats, more_floats = result(key, rank, width), result(key, rank, width)
+    placed, final_placed = result(key, rank, 2 * width), result(key, n_weights, 2 * width)
+    own, others, crossed = result(key, rank, width), result(key, rank, width), result(key, rank, width)
+    weights = result(key, n_weights, width)
+    added, added_mixed = result(key, n_weights, heads * head_channels), result(key, rank, n_weights)
+    left, left_weights = left_buffer(key, rank, width), left_buffer(key, n_weights, width)
+    right_weights = right_buffer(key, width, n_weights)
+    square, decay = np.empty(width, np.float32), np.empty(n_weights, np.float32)
+    peak, total = np.full((n_prompts, n_weights), -np.inf, np.float32), np.zeros((n_prompts, n_weights), np.float32)
     mixed[:] = _ZERO
     sums[:] = _ZERO
     average[:] = _ZERO
-    for i in range(len(queries_1)):
+    open_operands(key)
+    for i in range(len(cross_10)):
         for p in range(n_prompts):
-            both, r1, r2 = columns[p, i], previous[p, i], inverse[p, i]
-            a, b = both[:rank], both[rank:]
+            first, second, r1, r2 = columns[p, i, 0], columns[p, i, 1], previous[p, i], inverse[p, i]
             r1[:] = r2
 
-            np.dot(absorbed[p], a, b)
-            by_head(key[p], queries_1[i], pair)
+            b = room_for(second, more_floats)
+            product(absorbed[p], first, b)
+            product_by_head(key[p], queries_1[i], by_head, placed)
+            a = as_matrix(first, floats[:rank])
             for r in range(rank):
                 for n in range(width):
-                    b[r, n] = (b[r, n] + pair[r, n]) * r1[n] + pair[r, width + n]
+                    b[r, n] = (b[r, n] + placed[r, n]) * r1[n] + placed[r, width + n]
                     a[r, n] *= r1[n]
-            softmax_over_tokens(b, heads)
+            softmax_over_tokens(b[:rank], heads)
+            as_right(a, first)
+            as_right(b[:rank], second)
 
-            np.dot(gram_0[p], a, product)
-            np.dot(gram_1[p], b, own)
-            by_head(value_0[p], cross_10[i], cross[:rank])
-            by_head(value_1[p], cross_11[i], cross[rank:])
             for n in range(width):
                 square[n] = r1[n] * (r1[n] * squares_1[i, n] + _TWO * offset_1[i, n]) + constant
+            product(gram_11[p], first, own)
+            product_by_head(value_0[p], cross_10[i], by_head, crossed)
             for r in range(rank):
                 for n in range(width):
-                    square[n] += a[r, n] * (product[r, n] + r1[n] * cross[r, n] + rows_offset[p, r])
+                    square[n] += a[r, n] * (own[r, n] + r1[n] * crossed[r, n] + rows_offset[p, 0, r])
+            product(gram_21[p], first, others)
+            product(gram_22[p], second, own)
+            product_by_head(value_1[p], cross_11[i], by_head, crossed)
             for r in range(rank):
                 for n in range(width):
-                    others = product[rank + r, n] + r1[n] * cross[rank + r, n] + rows_offset[p, rank + r]
-                    square[n] += b[r, n] * (own[r, n] + others)
+                    moved = others[r, n] + r1[n] * crossed[r, n] + rows_offset[p, 1, r]
+                    square[n] += b[r, n] * (own[r, n] + moved)
             _inverse_deviation(square, channels, epsilon, r2)
 
-            np.dot(final[p], both, weights)
-            by_head(query[p], keys_2[i], final_pair)
-            for r in range(n_final):
+            product(final[p], columns[p, i].reshape(-1, width), weights)
+            product_by_head(query[p], keys_2[i], final_by_head, final_placed)
+            for r in range(n_weights):
                 for n in range(width):
-                    moved = weights[r, n] + r1[n] * final_pair[r, n] + final_offset[p, r]
-                    weights[r, n] = moved * r2[n] + final_pair[r, width + n]
-            weigh(weights, min(width, n_tokens - i * width), peak[p], total[p], decay)
-            for r in range(n_final):
+                    moved = weights[r, n] + r1[n] * final_placed[r, n] + final_offset[p, r]
+                    weights[r, n] = moved * r2[n] + final_placed[r, width + n]
+            weigh(weights[:n_weights], min(width, n_tokens - i * width), peak[p], total[p], decay)
+            for r in range(n_weights):
                 added_sum = _ZERO
                 for n in range(width):
                     weights[r, n] *= r2[n]
                     added_sum += weights[r, n]
                 sums[p, r] = sums[p, r] * decay[r] + added_sum
-            add_mixed(weights, both, decay, added, mixed[p])
-            _scale(weights, r1)
-            add_average(weights, values_2[i], decay, average[p])
-    _divide(mixed, total)
-    _divide(sums.reshape(n_prompts, n_final, 1), total)
-    _divide(average.reshape(n_prompts, n_final, -1), total)
+            by_columns = transposed(as_left(weights[:n_weights], left_weights), right_weights)
+            add_mixed(as_left(a, left), by_columns, decay, added_mixed, mixed[p, 0])
+            add_mixed(as_left(b[:rank], left), by_columns, decay, added_mixed, mixed[p, 1])
+            _scale(weights[:n_weights], r1)
+            add_by_head(
+                as_left(weights[:n_weights], left_weights), values_2[i], final_by_head, decay, added, average[p]
+            )
+    close_operands(key)
+    for p in range(n_prompts):
+        mixed[p] /= total[p]
+        sums[p] /= total[p]
+    _divide(average, total)
 
 
 @numba.njit(**COMPILED)
@@ -341,57 +387,108 @@ def upscale(image, weights, prompts, rows, hyper, columns, inverse, previous, gr
     """The logits of the masks of K prompts among B.
 
     Args:
-        image: (tiles, W, C), S2 through the first transposed convolution.
+        image: (tiles, C, W), S2 through the first transposed convolution.
         weights: what follows it: offset (C,) and bias (C,) before LayerNorm, its weight and bias (C / 4,) and epsilon,
-            the second convolution as a product (C / 4, C / 2) and its bias (C / 2,).
+            the second convolution for each of its 4 pixels (4, C / 8, C / 4), left operands, and its bias (C / 8,).
         prompts: (K,) positions among the B.
-        rows: (K, 2 R, C), the updates' rows through the first convolution.
-        hyper: (K, C / 8, M), what each mask multiplies pixels by.
+        rows: (K, 4, C / 4, 2 R), left operands of halves: both updates' rows through the first convolution, for each of
+            its 4 pixels.
+        hyper: (K, M, C / 8), left operands: what each mask multiplies pixels by.
         columns, inverse, previous: as ``write_and_read_again`` leaves them, of all B.
         grid: (h, w) of the image tokens.
         logits: (K, M, 4 h, 4 w), the result.
     """
     offset, bias, gain, shift, epsilon, second, second_bias = weights
-    n_tiles, width, channels = image.shape
-    quarter, n_masks = channels // 4, hyper.shape[2]
-    x, y = np.empty((width, channels), np.float32), np.empty((4 * width, channels // 2), np.float32)
-    corners, by_pixel = x.reshape(4 * width, quarter), y.reshape(16 * width, channels // 8)
-    pixels = np.empty((16 * width, n_masks), np.float32)
+    n_tiles, channels, width = image.shape
+    quarter, eighth, n_masks = channels // 4, channels // 8, logits.shape[1]
+    x, y, pixels = result(rows, quarter, width), result(rows, eighth, width), result(rows, n_masks, width)
+    right_x, right_y = right_buffer(rows, quarter, width), right_buffer(rows, eighth, width)
+    mean, scale = np.empty(width, np.float32), np.empty(width, np.float32)
+    open_operands(rows)
     for i in range(n_tiles):
+        valid = min(width, grid[0] * grid[1] - i * width)
         for k, p in enumerate(prompts):
-            np.dot(columns[p, i].T, rows[k], x)
-            for n in range(width):
-                r1, r2 = previous[p, i, n], inverse[p, i, n]
-                for c in range(channels):
-                    x[n, c] = (x[n, c] + r1 * image[i, n, c] + offset[c]) * r2 + bias[c]
-            for n in range(4 * width):
-                _normalize(corners[n], gain, shift, epsilon)
-            for n in range(width):
-                for c in range(channels):
-                    x[n, c] = gelu(x[n, c])
-            np.dot(corners, second, y)
-            for n in range(4 * width):
-                for c in range(channels // 2):
-                    y[n, c] = gelu(y[n, c] + second_bias[c])
-            np.dot(by_pixel, hyper[k], pixels)
-            for n in range(min(width, grid[0] * grid[1] - i * width)):
-                row, column = divmod(i * width + n, grid[1])
-                # Each token became 2 x 2 pixels, and each of those 2 x 2 again.
-                for m in range(n_masks):
-                    for c in range(16):
-                        down, right = 2 * (c >> 3) + ((c >> 1) & 1), 2 * ((c >> 2) & 1) + (c & 1)
-                        logits[k, m, 4 * row + down, 4 * column + right] = pixels[16 * n + c, m]
+            r1, r2 = previous[p, i], inverse[p, i]
+            both = columns[p, i].reshape(-1, width)
+            for corner in range(4):
+                product(rows[k, corner], both, x)
+                first = corner * quarter
+                mean[:] = _ZERO
+                for c in range(quarter):
+                    for n in range(width):
+                        moved = x[c, n] + r1[n] * image[i, first + c, n] + offset[first + c]
+                        x[c, n] = moved * r2[n] + bias[first + c]
+                        mean[n] += x[c, n]
+                _normalize(x[:quarter], mean, gain, epsilon, scale)
+                after = activated(x[:quarter], shift, right_x)
+                for pixel in range(4):
+                    product(second[pixel], after, y)
+                    product(hyper[k], activated(y[:eighth], second_bias, right_y), pixels)
+                    # Each token became 2 x 2 pixels, and each of those 2 x 2 again.
+                    down, right = 2 * (corner >> 1) + (pixel >> 1), 2 * (corner & 1) + (pixel & 1)
+                    for m in range(n_masks):
+                        _spread(pixels[m, :valid], i * width, grid[1], logits[k, m, down::4, right::4])
+    close_operands(rows)
 
 
 @numba.njit(**COMPILED)
-def _normalize(x, gain, shift, epsilon):
-    """LayerNorm of (C,) in place."""
-    mean, square = _ZERO, _ZERO
-    for c in range(len(x)):
-        mean += x[c]
-    mean /= np.float32(len(x))
-    for c in range(len(x)):
-        square += (x[c] - mean) * (x[c] - mean)
-    scale = _ONE / np.sqrt(square / np.float32(len(x)) + epsilon)
-    for c in range(len(x)):
-        x[c] = (x[c] - mean) * scale * gain[c] + shift[c]
+def _normalize(x, total, gain, epsilon, scale):
+    """LayerNorm without its bias over the channels of (C, W), in place.
+
+    Args:
+        total: (W,) sums over the channels; becomes the means.
+        scale: (W,), for what is in between.
+    """
+    channels, width = x.shape
+    scale[:] = _ZERO
+    for n in range(width):
+        total[n] /= np.float32(channels)
+    for c in range(channels):
+        for n in range(width):
+            x[c, n] -= total[n]
+            scale[n] += x[c, n] * x[c, n]
+    for n in range(width):
+        scale[n] = _ONE / np.sqrt(scale[n] / np.float32(channels) + epsilon)
+    for c in range(channels):
+        for n in range(width):
+            x[c, n] *= scale[n] * gain[c]
+
+
+@numba.njit(**COMPILED)
+def _spread(values, start, grid_width, image):
+    """Writes the values of consecutive image tokens, from ``start`` on, to their places in ``image`` (h, w)."""
+    done = 0
+    while done < len(values):
+        row, column = divmod(start + done, grid_width)
+        count = min(grid_width - column, len(values) - done)
+        for n in range(count):
+            image[row, column + n] = values[done + n]
+        done += count
+
+
+def activated(matrix, bias, operand):
+    """The right operand of GELU(matrix + bias), which is written to ``operand`` unless it is the matrix itself.
+
+    Args:
+        matrix: (C, W).
+        bias: (C,).
+    """
+    raise TypeError(NOT_COMPILED)
+
+
+@overload(activated, jit_options=FAST_MATH)
+def _activated(matrix, bias, operand):
+    def in_float32(matrix, bias, operand):
+        for c in range(len(matrix)):
+            for n in range(matrix.shape[1]):
+                matrix[c, n] = gelu(matrix[c, n] + bias[c])
+        return matrix
+
+    def in_bfloat16(matrix, bias, operand):
+        for c in range(0, len(matrix), 2):
+            for n in range(matrix.shape[1]):
+                first, second = rough_gelu(matrix[c, n] + bias[c]), rough_gelu(matrix[c + 1, n] + bias[c + 1])
+                operand[c // 2, n] = pair(first, second)
+        return operand
+
+    return in_bfloat16 if operand.dtype == types.uint32 else in_float32

@@ -21,42 +21,48 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinysam.everything import tile_kernels
-from tinysam.everything.algebra import input_by_head
+from tinysam.everything import amx, tile_kernels
+from tinysam.everything.algebra import by_shared
 from tinysam.everything.factored import DecodedTokens, SharedImage, Update
 from tinysam.everything.low_rank import LowRankDecoder
+from tinysam.everything.tile_operands import Bfloat16Operands, Float32Operands, Operands
 
 TILE = 128
 """Image tokens of a tile: enough for BLAS, and few enough for a tile's matrices to stay in a core's cache."""
 
 
 class TiledDecoder(LowRankDecoder):
-    """``LowRankDecoder`` of a ``Sam`` on a CPU in float32, on as many threads as torch uses.
+    """``LowRankDecoder`` of a ``Sam`` on a CPU, on as many threads as torch uses.
 
-    What has N image tokens in ``SharedImage`` and ``Update`` has tiles of W here: (H, d, N) is (tiles, H, d, W),
-    (H, N, d) is (tiles, H, W, d), (B, R, N) is (B, tiles, R, W). Keys and queries of later layers have those of the
-    positions behind them, (tiles, H, d, 2 W). The columns that ``decode`` returns are valid until its next call.
+    What has N image tokens in ``SharedImage`` and ``Update`` has tiles of W here, as ``tile_kernels`` takes them. Keys
+    and queries of later layers have those of the positions behind them. The columns that ``decode`` returns are valid
+    until its next call.
+
+    Args:
+        sam: in float32.
+        dtype: bfloat16 rounds what is multiplied, where the CPU has tile registers; all else is float32.
     """
 
     @torch.no_grad()
-    def __init__(self, sam: Sam) -> None:
+    def __init__(self, sam: Sam, dtype: torch.dtype | None = None) -> None:
         super().__init__(sam, torch.float32)
+        self.operands = _operands(self, dtype)
         self.constant = np.float32(self.offset.square().sum())
         norm: nn.LayerNorm = self.decoder.output_upscaling[1]
         bias = self.norms[1].bias @ self.up_weight + self.up_bias
+        channels = len(norm.weight) // 2
         self._after_first_convolution = (
             *_arrays(self.offset_2 @ self.up_weight, bias, norm.weight, norm.bias),
             np.float32(norm.eps),
-            *_arrays(self.up_weight_2, self.up_bias_2),
+            *_arrays(self.operands.left(self.up_weight_2.mT.unflatten(0, (4, -1))), self.up_bias_2[:channels]),
         )
-        self._columns = np.empty(0, np.float32)
+        self._columns = torch.empty(0)
 
     @torch.no_grad()
     def share(self, embedding: Tensor) -> SharedImage:
         image = super().share(embedding)
+        right, values = self.operands.right, self.operands.values
         tiled = {name: _tiles(tensor) for name, tensor in image._asdict().items()}
-        for name in ("values_0", "values_1", "values_2", "upscaled"):
-            tiled[name] = _tiles(getattr(image, name).mT).mT.contiguous()
         positions = {
             "keys_1": self.position_keys[1],
             "queries_1": self.position_queries,
@@ -64,15 +70,22 @@ class TiledDecoder(LowRankDecoder):
         }
         for name, position in positions.items():
             tiled[name] = torch.cat([tiled[name], _tiles(position)], dim=-1)
-        return SharedImage(**tiled)
+        for name in ("keys_0", "queries_0", "cross_0", "cross_10", "cross_11", *positions):
+            tiled[name] = right(tiled[name].flatten(1, 2))
+        for name in ("values_0", "values_1", "values_2"):
+            tiled[name] = values(_tiles(getattr(image, name).mT).mT)
+        tiled["upscaled"] = _tiles(image.upscaled.mT)
+        return SharedImage(**{name: tensor.contiguous() for name, tensor in tiled.items()})
 
     @torch.no_grad()
     def upscale(self, image: SharedImage, decoded: DecodedTokens, prompts: Tensor) -> Tensor:
         update = decoded.image
         [upscaled] = _arrays(image.upscaled)
-        chosen = _arrays(prompts, update.rows[prompts] @ self.up_weight, decoded.hyper[prompts].mT)
+        rows = (update.rows[prompts] @ self.up_weight).mT.unflatten(1, (4, -1))
+        chosen = _arrays(prompts, self.operands.left_of_halves(rows), self.operands.left(decoded.hyper[prompts]))
         every = _arrays(update.columns, update.inverse, cast(Tensor, update.previous))
-        logits = np.empty((len(prompts), chosen[2].shape[2], 4 * self.grid[0], 4 * self.grid[1]), np.float32)
+        shape = (len(prompts), decoded.hyper.shape[1], 4 * self.grid[0], 4 * self.grid[1])
+        logits = np.empty(shape, np.float32)
 
         def run(part: slice) -> None:
             own = (array[part] for array in chosen)
@@ -84,8 +97,8 @@ class TiledDecoder(LowRankDecoder):
 
     def _read_shared(self, image: SharedImage, query: Tensor) -> Tensor:
         shared = _arrays(image.keys_0, image.values_0)
-        [queries] = _arrays(query)
-        average = np.empty_like(queries)
+        [queries] = _arrays(self.operands.left_by_head(query))
+        average = np.empty(query.shape, np.float32)
 
         def run(part: slice) -> None:
             tile_kernels.read_shared(shared, queries[part], self.n_tokens, average[part])
@@ -97,21 +110,25 @@ class TiledDecoder(LowRankDecoder):
         shared = _arrays(image.queries_0, image.cross_0, image.squares_0, image.keys_1, image.values_1)
         n_prompts, heads, n_queries, _ = query.shape
         rank, n_tiles = heads * n_queries, len(image.squares_0)
-        centred_rows, rows = ((value @ by_head).flatten(1, 2) for by_head in (self.rows_0, self.rows_0_scaled))
-        prompts = _arrays(key, value, centred_rows @ centred_rows.mT, query, self._absorbed(1, query) @ rows.mT)
-        if self._columns.shape != (n_prompts, n_tiles, 2 * rank, TILE):
-            self._columns = np.empty((n_prompts, n_tiles, 2 * rank, TILE), np.float32)
+        left, by_head = self.operands.left, self.operands.left_by_head
+        centred_rows = by_shared(value, self.rows_0).flatten(1, 2)
+        rows = centred_rows * self.norms[0].weight
+        gram, absorbed = centred_rows @ centred_rows.mT, self._absorbed(1, query) @ rows.mT
+        prompts = _arrays(by_head(key), by_head(value), left(gram), by_head(query), left(absorbed))
+        columns = (n_prompts, n_tiles, 2, *self.operands.right_shape(rank, TILE))
+        if self._columns.shape != columns:
+            self._columns = torch.zeros(columns, dtype=self.operands.dtype)
         inverse = np.empty((n_prompts, n_tiles, TILE), np.float32)
         mixed, average = np.empty((n_prompts, rank, rank), np.float32), np.empty(query.shape, np.float32)
-        results = (self._columns, inverse, mixed, average)
+        results = (*_arrays(self._columns), inverse, mixed, average)
 
         def run(part: slice) -> None:
             own, becomes = (tuple(array[part] for array in arrays) for arrays in (prompts, results))
             tile_kernels.write_and_read(shared, own, self.n_tokens, *self._norm(0), *becomes)
 
         _in_threads(run, n_prompts)
-        by_rows = (torch.from_numpy(mixed) @ rows).unflatten(1, (heads, n_queries))
-        update = Update(torch.from_numpy(inverse), None, torch.from_numpy(self._columns), rows, None)
+        by_rows = (torch.from_numpy(mixed).mT @ rows).unflatten(1, (heads, n_queries))
+        update = Update(torch.from_numpy(inverse), None, self._columns, rows, None)
         return torch.from_numpy(average) + self._values_of(1, by_rows), update
 
     def _write_and_read_again(
@@ -121,22 +138,24 @@ class TiledDecoder(LowRankDecoder):
             *_arrays(image.queries_1, image.cross_10, image.cross_11, image.squares_1, image.offset_1),
             *(self.constant, *_arrays(image.keys_2, image.values_2)),
         )
-        n_prompts, heads, n_queries, _ = query.shape
-        n_final = heads * n_queries
-        absorbed = (key @ input_by_head(self.to_tokens[1].q_proj, heads)).flatten(1, 2) @ update.rows.mT
-        first, second = (values[0] @ self.rows_10).flatten(1, 2), (values[1] @ self.rows_11).flatten(1, 2)
-        centred_rows = torch.cat([first, second], dim=1)
+        n_prompts, heads, n_final, _ = query.shape
+        left, by_head = self.operands.left, self.operands.left_by_head
+        absorbed = self._absorbed_key(key) @ update.rows.mT
+        centred_rows = self._centred_rows(values)
+        first, second = centred_rows.chunk(2, dim=1)
+        rank = first.shape[1]
         rows = centred_rows * self.norms[1].weight
         final = self._absorbed(2, query)
         prompts = _arrays(
-            *(key, absorbed, *values),
-            *(torch.cat([first, 2 * second], dim=1) @ first.mT, second @ second.mT),
-            *(2 * centred_rows @ self.offset, query, final @ rows.mT, final @ self.offset_2),
+            *(by_head(key), left(absorbed), *map(by_head, values)),
+            *map(left, (first @ first.mT, 2 * second @ first.mT, second @ second.mT)),
+            *(by_head(query), self.operands.left_of_halves(final @ rows.mT)),
+            *((2 * centred_rows @ self.offset).unflatten(1, (2, rank)), final @ self.offset_2),
         )
         columns, inverse = _arrays(update.columns, update.inverse)
         previous, average = np.empty_like(inverse), np.empty(query.shape, np.float32)
-        mixed = np.empty((n_prompts, n_final, columns.shape[2]), np.float32)
-        sums = np.empty((n_prompts, n_final), np.float32)
+        mixed = np.empty((n_prompts, 2, rank, heads * n_final), np.float32)
+        sums = np.empty((n_prompts, heads * n_final), np.float32)
         results = (columns, inverse, previous, mixed, sums, average)
 
         def run(part: slice) -> None:
@@ -144,17 +163,9 @@ class TiledDecoder(LowRankDecoder):
             tile_kernels.write_and_read_again(shared, own, self.n_tokens, *self._norm(1), *becomes)
 
         _in_threads(run, n_prompts)
-        by_rows = torch.from_numpy(mixed) @ rows + torch.from_numpy(sums)[..., None] * self.offset_2
+        by_rows = torch.from_numpy(mixed).flatten(1, 2).mT @ rows + torch.from_numpy(sums)[..., None] * self.offset_2
         update = Update(update.inverse, torch.from_numpy(previous), update.columns, rows, self.offset_2)
-        return torch.from_numpy(average) + self._values_of(2, by_rows.unflatten(1, (heads, n_queries))), update
-
-    def _absorbed(self, i: int, query: Tensor) -> Tensor:
-        """Queries of attention ``i`` taken back through its projection of keys, (B, R, C)."""
-        return (query @ input_by_head(self.to_image[i].k_proj, query.shape[1])).flatten(1, 2)
-
-    def _values_of(self, i: int, tokens: Tensor) -> Tensor:
-        """The values (B, H, T, d) of tokens that differ by head, (B, H, T, C)."""
-        return tokens @ input_by_head(self.to_image[i].v_proj, tokens.shape[1]).mT
+        return torch.from_numpy(average) + self._values_of(2, by_rows.unflatten(1, (heads, n_final))), update
 
     def _norm(self, i: int) -> tuple[np.float32, np.float32]:
         norm: nn.LayerNorm = self.norms[i]
@@ -168,7 +179,15 @@ class TiledDecoder(LowRankDecoder):
 
 def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
     """The tensors, contiguous, for a kernel."""
-    return tuple(tensor.detach().contiguous().numpy() for tensor in tensors)
+    arrays = (tensor.detach().contiguous().numpy() for tensor in tensors)
+    return tuple(array.view(np.uint32) if array.dtype == np.int32 else array for array in arrays)
+
+
+def _operands(decoder: LowRankDecoder, dtype: torch.dtype | None) -> Operands:
+    """In bfloat16 if that is asked for, the CPU multiplies it, and the heads' channels fill whole registers."""
+    channels = {shared.shape[0] * shared.shape[1] for shared in decoder.position_keys.values()}
+    whole = all(count % amx.SUMMED == 0 for count in channels)
+    return Bfloat16Operands() if dtype == torch.bfloat16 and whole and amx.is_available() else Float32Operands()
 
 
 def _tiles(matrix: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ import torch
 from segment_anything.modeling import Sam, TwoWayTransformer
 from torch import Tensor, nn
 
+from tinysam.everything import amx
 from tinysam.everything.low_rank import LowRankDecoder, is_supported
+from tinysam.everything.tile_operands import Bfloat16Operands, Float32Operands
 from tinysam.everything.tiled_decoder import TILE, TiledDecoder
 
 SHAPES = (
@@ -19,6 +21,7 @@ SHAPES = (
     {"heads": 16, "grid": (1, 1)},
 )
 BUILDERS = (LowRankDecoder, TiledDecoder)
+needs_tiles = pytest.mark.skipif(not amx.is_available(), reason="this CPU cannot multiply tiles of bfloat16")
 PROMPTS = ("point", "several points", "box", "box and points")
 
 
@@ -125,6 +128,36 @@ def test_bfloat16_products_keep_two_digits(build_decoder: Callable[..., Sam]) ->
     assert our_masks.dtype == our_iou.dtype == torch.float32
     assert 1e-4 < (our_masks - masks).norm() / masks.norm() < 3e-2
     torch.testing.assert_close(our_iou, iou, rtol=3e-2, atol=3e-2)
+
+
+@needs_tiles
+@pytest.mark.parametrize("multimask_output", [True, False])
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("shape", [*SHAPES, {"channels": 64, "grid": (TILE // 8, 9)}], ids=str)
+def test_tiles_in_bfloat16_keep_two_digits(
+    build_decoder: Callable[..., Sam], shape: dict, prompt: str, multimask_output: bool
+) -> None:
+    sam = build_decoder(**{"channels": 64, **shape})
+    sparse, embedding = prompt_tokens(sam, prompt), embedding_for(sam)
+    decoder = TiledDecoder(sam, torch.bfloat16)
+    assert isinstance(decoder.operands, Bfloat16Operands)
+    masks, iou = by_low_rank(decoder, embedding, sparse, multimask_output)
+    exact, exact_iou = reference(sam, embedding, sparse, multimask_output)
+    assert masks.dtype == iou.dtype == torch.float32
+    assert 1e-4 < relative_error(masks, exact) < 3e-2
+    torch.testing.assert_close(iou, exact_iou, rtol=3e-2, atol=3e-2)
+
+
+@needs_tiles
+def test_bfloat16_is_not_taken_where_heads_leave_registers_half_full(build_decoder: Callable[..., Sam]) -> None:
+    assert isinstance(TiledDecoder(build_decoder(channels=32), torch.bfloat16).operands, Float32Operands)
+
+
+def test_cpus_without_tile_registers_multiply_in_float32(
+    build_decoder: Callable[..., Sam], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(amx, "is_available", lambda: False)
+    assert isinstance(TiledDecoder(build_decoder(channels=64), torch.bfloat16).operands, Float32Operands)
 
 
 @pytest.mark.parametrize("build", BUILDERS)

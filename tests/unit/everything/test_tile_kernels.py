@@ -20,7 +20,7 @@ def test_exp_of_the_lowest_is_next_to_nothing(x: float) -> None:
     assert 0 <= tile_kernels.exp(np.float32(x)) < 2e-38
 
 
-@pytest.mark.parametrize("function", [tile_kernels.exp, tile_kernels.gelu])
+@pytest.mark.parametrize("function", [tile_kernels.exp, tile_kernels.gelu, tile_kernels.rough_gelu])
 def test_nan_comes_through(function: object) -> None:
     assert np.isnan(function(np.float32(np.nan)))  # type: ignore[operator]
 
@@ -29,6 +29,12 @@ def test_nan_comes_through(function: object) -> None:
 def test_gelu_is_torchs(x: float) -> None:
     exact = float(F.gelu(torch.tensor(x, dtype=torch.float64)))
     assert float(tile_kernels.gelu(np.float32(x))) == pytest.approx(exact, rel=0, abs=4e-7 * max(1, abs(x)))
+
+
+@given(st.floats(-40, 40, width=32))
+def test_rough_gelu_is_as_exact_as_bfloat16_needs(x: float) -> None:
+    exact = float(F.gelu(torch.tensor(x, dtype=torch.float64)))
+    assert float(tile_kernels.rough_gelu(np.float32(x))) == pytest.approx(exact, rel=0, abs=4e-4 * max(1, abs(x)))
 
 
 def test_softmax_over_the_tokens_of_each_head() -> None:
