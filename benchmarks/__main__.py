@@ -107,7 +107,7 @@ def commands(config: Benchmarks, lake: str, cache: tuple[str, ...]) -> dict[Name
         ],
         "rounds": [
             *("rounds", *truth, "--images", str(SCENES), "--pred-iou-thresh", str(min_iou)),
-            *("--stability-score-thresh", str(min_stability)),
+            *("--stability-score-thresh", str(min_stability), "--precisions", "float32", "bfloat16"),
         ],
         "quantization": ["quantization", "--checkpoint", "vit_t"],
         "scales": scales,

@@ -27,8 +27,8 @@ from benchmarks.results import write_results
 from tinysam import SamAutomaticMaskGenerator, SamHierarchicalMaskGenerator, load
 from tinysam.eval.everything import EverythingScores, score_everything
 from tinysam.eval.masks import Rle
-from tinysam.everything.config import Preset
-from tinysam.runtime.choice import EngineChoice, engine_name, with_engine
+from tinysam.everything.config import Precision, Preset
+from tinysam.runtime.choice import EngineChoice, with_engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,8 @@ class RoundsBenchmark:
     """Values of high_score_thresh."""
     margins: tuple[float, ...] = (0.1,)
     """Values of iou_margin."""
+    precisions: tuple[Precision, ...] = ("float32",)
+    """In which all of them are tried; the first one's flat grid is what the others are compared with."""
     threads: int = 1
     """Threads of torch and of the mask pass."""
     output: Path | None = None
@@ -90,7 +92,7 @@ class Tally:
         }
 
 
-def generators(config: RoundsBenchmark, sam: Any) -> dict[str, SamAutomaticMaskGenerator]:
+def generators(config: RoundsBenchmark) -> dict[str, SamAutomaticMaskGenerator]:
     """The flat grid first, then every setting by name."""
     options: dict[str, Any] = {
         "points_per_side": config.points_per_side,
@@ -98,13 +100,17 @@ def generators(config: RoundsBenchmark, sam: Any) -> dict[str, SamAutomaticMaskG
         "stability_score_thresh": config.stability_score_thresh,
         "output_mode": "coco_rle",
     }
-    found = {"flat": SamAutomaticMaskGenerator(sam, **options)}
-    for preset in config.presets:
-        found[preset] = SamHierarchicalMaskGenerator(sam, preset=preset, **options)
-    for values in product(config.rounds, config.coarse_ratios, config.thresholds, config.margins):
-        setting = dict(zip(("rounds", "coarse_ratio", "high_score_thresh", "iou_margin"), values, strict=True))
-        name = ", ".join(f"{key} {value:g}" for key, value in setting.items())
-        found[name] = SamHierarchicalMaskGenerator(sam, nested=True, **setting, **options)
+    found: dict[str, SamAutomaticMaskGenerator] = {}
+    for precision in config.precisions:
+        sam = with_engine(load(config.checkpoint), config.engine, bf16=precision == "bfloat16")
+        found[f"flat {precision}"] = SamAutomaticMaskGenerator(sam, precision=precision, **options)
+        for preset in config.presets:
+            generator = SamHierarchicalMaskGenerator(sam, preset=preset, precision=precision, **options)
+            found[f"{preset} {precision}"] = generator
+        for values in product(config.rounds, config.coarse_ratios, config.thresholds, config.margins):
+            setting = dict(zip(("rounds", "coarse_ratio", "high_score_thresh", "iou_margin"), values, strict=True))
+            name = ", ".join([*(f"{key} {value:g}" for key, value in setting.items()), precision])
+            found[name] = SamHierarchicalMaskGenerator(sam, nested=True, precision=precision, **setting, **options)
     return found
 
 
@@ -123,8 +129,7 @@ def main() -> None:
     config = tyro.cli(RoundsBenchmark, description=__doc__)
     torch.set_num_threads(config.threads)
     console = Console(width=max(Console().width, 120))
-    sam = with_engine(load(config.checkpoint), config.engine)
-    variants = generators(config, sam)
+    variants = generators(config)
     tallies = {name: Tally() for name in variants}
     images = images_with_objects(config.lake, config.annotations)
     images = islice(images, 0, config.images * config.every, config.every)
@@ -138,7 +143,7 @@ def main() -> None:
         row["share_of_miou"] = row["miou"] / rows[0]["miou"] if rows[0]["miou"] else float("nan")
         row["share_of_time"] = row["cpu_seconds"] / rows[0]["cpu_seconds"]
         row["share_after_encoder"] = row["after_encoder"] / rows[0]["after_encoder"]
-    console.print(as_table(f"{config.checkpoint} on {engine_name(sam)}, {len(tallies['flat'].scores)} images", rows))
+    console.print(as_table(f"{config.checkpoint}, {len(next(iter(tallies.values())).scores)} images", rows))
     if config.output is not None:
         write_results(config.output, config, rows)
 

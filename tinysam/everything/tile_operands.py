@@ -60,18 +60,19 @@ class Bfloat16Operands:
     dtype = torch.int32
 
     def left(self, matrix: Tensor) -> Tensor:
-        rows, summed = matrix.shape[-2:]
-        whole = F.pad(matrix, (0, -summed % amx.SUMMED, 0, -rows % amx.ROWS))
-        return whole.to(torch.bfloat16).contiguous().view(torch.int32)
+        whole = _room_for_left(matrix, *matrix.shape[-2:])
+        whole[..., : matrix.shape[-2], : matrix.shape[-1]] = matrix
+        return whole.view(torch.int32)
 
     def left_of_halves(self, matrix: Tensor) -> Tensor:
         return torch.cat([self.left(half) for half in matrix.chunk(2, -1)], -1)
 
     def left_by_head(self, matrix: Tensor) -> Tensor:
-        *batch, heads, rows, channels = matrix.shape
-        whole = matrix.new_zeros(*batch, heads, rows, heads, channels)
-        whole.diagonal(dim1=-4, dim2=-2).copy_(matrix.movedim(-3, -1))
-        return self.left(whole.flatten(-4, -3).flatten(-2))
+        heads, rows, channels = matrix.shape[-3:]
+        whole = _room_for_left(matrix[..., 0, :, :], heads * rows, heads * channels)
+        by_head = whole[..., : heads * rows, : heads * channels].unflatten(-2, (heads, rows)).unflatten(-1, (heads, -1))
+        by_head.diagonal(dim1=-4, dim2=-2).copy_(matrix.movedim(-3, -1))
+        return whole.view(torch.int32)
 
     def right(self, matrix: Tensor) -> Tensor:
         summed, columns = matrix.shape[-2:]
@@ -83,3 +84,9 @@ class Bfloat16Operands:
 
     def right_shape(self, rows: int, columns: int) -> tuple[int, int]:
         return padded(rows, amx.SUMMED) // 2, padded(columns, amx.COLUMNS)
+
+
+def _room_for_left(batch: Tensor, rows: int, summed: int) -> Tensor:
+    """Zeros for left sides of a batch of matrices, in bfloat16."""
+    shape = (*batch.shape[:-2], padded(rows, amx.ROWS), padded(summed, amx.SUMMED))
+    return batch.new_zeros(shape, dtype=torch.bfloat16)
