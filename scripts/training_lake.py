@@ -6,6 +6,9 @@
 lake is one tree in SA-1B's layout: ``train/DOMAIN/x.jpg`` beside ``x.json`` and the same under ``val/``, for the
 domains ``nuclei``, ``photos`` and ``synthetic``; ``val/DOMAIN/instances.json`` holds the same masks in COCO's form.
 
+Cached embeddings cannot be augmented, so a student of few images may be given more of them beforehand: with
+``--variants N``, ``train/DOMAIN_variants`` holds each real training image N times, mirrored, turned and cropped.
+
 Photographs are taken only where their licence allows shipping what was trained on them. The split is by a hash of the
 file's name, so that it never depends on what else is in the folder. The nuclei come from fewer slides than files, and
 nothing in the data says which files share one: near-duplicate crops of a slide can land on both sides, so figures on
@@ -18,9 +21,12 @@ import hashlib
 import io
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
+import numpy as np
 import tyro
 from PIL import Image
 from rich.console import Console
@@ -30,6 +36,7 @@ from tinysam.lake.annotations import read_annotations
 from tinysam.lake.coco import CocoFile
 from tinysam.lake.filesystem import LakeError, join, list_files, read_bytes, write_once
 from tinysam.lake.images import ImageError, decode_image
+from tinysam.lake.rle import decode_rle, encode_rle
 from tinysam.synthetic.sa1b import sidecar, write_instances
 from tinysam.synthetic.write import SceneSet, iter_write
 
@@ -37,6 +44,9 @@ SHIPPABLE_LICENSES = frozenset({4, 5, 7, 8})
 """COCO's ids of CC BY, CC BY-SA, no known restrictions, and work of the US government."""
 
 SPLITS = ("train", "val")
+
+CROP = (0.6, 1.0)
+"""Least and greatest part of an image's sides that a variant shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +63,18 @@ class TrainingLake:
     """Synthetic scenes to validate on, of a seed of their own."""
     val_share: float = 0.1
     """Share of the real images that is held out."""
+    variants: int = 0
+    """How many variants of each real training image are written."""
     seed: int = 0
-    """Of the synthetic scenes."""
+    """Of the synthetic scenes and of the variants."""
     workers: int = 2
     """Processes that paint scenes."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.val_share < 1:
             raise ValueError(f"val_share must be in [0, 1), got {self.val_share}")
+        if self.variants < 0:
+            raise ValueError(f"variants must not be negative, got {self.variants}")
 
 
 def split_of(domain: str, file_name: str, val_share: float) -> str:
@@ -93,9 +107,40 @@ def convert_coco(
         size = int(entry["height"]), int(entry["width"])
         rles = read_annotations(row, *size) or []
         stem = PurePosixPath(name).stem
-        folder = join(config.output, split_of(domain, name, config.val_share), domain)
+        split = split_of(domain, name, config.val_share)
+        folder = join(config.output, split, domain)
         write_once(join(folder, f"{stem}.json"), sidecar(f"{stem}{extension}", int(entry["id"]), size, rles))
         write_once(join(folder, f"{stem}{extension}"), data)
+        if split == "train":
+            write_variants(f"{folder}_variants", stem, int(entry["id"]), decode_image(data), rles, config)
+
+
+def write_variants(
+    folder: str, stem: str, image_id: int, image: np.ndarray, rles: Sequence[Mapping[str, Any]], config: TrainingLake
+) -> None:
+    """Writes variants of an image (H, W, 3) and of its masks."""
+    masks = np.stack([decode_rle(rle) for rle in rles], 2) if rles else np.zeros((*image.shape[:2], 0), np.uint8)
+    for number in range(config.variants):
+        rng = np.random.default_rng((config.seed, image_id, number))
+        pixels, cut = altered(image, masks, rng)
+        shown = [encode_rle(cut[..., i]) for i in np.flatnonzero(cut.any((0, 1)))]
+        buffer, name = io.BytesIO(), f"{stem}_{number}"
+        Image.fromarray(pixels).save(buffer, "PNG")
+        new_id = image_id * config.variants + number
+        write_once(join(folder, f"{name}.json"), sidecar(f"{name}.png", new_id, pixels.shape[:2], shown))
+        write_once(join(folder, f"{name}.png"), buffer.getvalue())
+
+
+def altered(image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The same part, mirrored and turned alike, of an image (H, W, 3) and of masks (H, W, N)."""
+    height, width = image.shape[:2]
+    sides = [max(1, round(side * share)) for side, share in zip((height, width), rng.uniform(*CROP, 2), strict=True)]
+    y, x = (int(rng.integers(0, whole - side + 1)) for whole, side in zip((height, width), sides, strict=True))
+    turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
+    parts = (array[y : y + sides[0], x : x + sides[1]] for array in (image, masks))
+    turned = (np.rot90(part[:, ::-1] if mirrored else part, turns) for part in parts)
+    pixels, cut = (np.ascontiguousarray(part) for part in turned)
+    return pixels, cut
 
 
 def build(config: TrainingLake, console: Console) -> None:

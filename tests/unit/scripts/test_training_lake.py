@@ -94,3 +94,32 @@ def test_only_jpeg_and_png_are_copied(training_lake: ModuleType, tmp_path: Path,
     (tmp_path / "x.png").write_bytes(data)
     assert (np.array(Image.open(tmp_path / "x.png")) == pixels).all()
     assert training_lake.as_jpeg_or_png(data) == (data, ".png")
+
+
+def test_variants_show_the_same_part_of_image_and_masks(training_lake: ModuleType) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    masks = image[..., :2] > 100  # as a mask says of each pixel what its colour does
+    shapes = set()
+    for seed in range(20):
+        pixels, cut = training_lake.altered(image, masks, np.random.default_rng(seed))
+        np.testing.assert_array_equal(pixels[..., :2] > 100, cut)
+        assert min(pixels.shape[:2]) >= 0.6 * 40
+        assert max(pixels.shape[:2]) <= 60
+        shapes.add(pixels.shape)
+    assert len(shapes) > 10
+
+
+def test_variants_are_of_training_images_alone(training_lake: ModuleType, tmp_path: Path) -> None:
+    for name in ("nuclei", "coco_mini_train"):
+        _coco_folder(tmp_path / "data" / name, 12, licenses=[4])
+    output = tmp_path / "lake"
+    options = {"synthetic_train": 1, "synthetic_val": 1, "val_share": 0.4, "workers": 1, "variants": 2}
+    config = training_lake.TrainingLake(data=str(tmp_path / "data"), output=str(output), **options)
+    training_lake.build(config, Console(quiet=True))
+    stems = {path.stem for path in (output / "train" / "nuclei").glob("*.png")}
+    variants = {path.stem for path in (output / "train" / "nuclei_variants").glob("*.png")}
+    assert variants == {f"{stem}_{number}" for stem in stems for number in range(2)}
+    index = build_index(IndexConfig(lake=str(output / "train" / "nuclei_variants")))
+    assert len(index) == len(variants)
+    assert not (output / "val" / "nuclei_variants").exists()
