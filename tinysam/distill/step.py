@@ -7,13 +7,14 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from segment_anything.modeling import Sam
 from torch import nn
 
 from tinysam.distill import losses
 from tinysam.distill.decoding import Decoded, at_target_stride, decode, dense_positions
 from tinysam.distill.dense import DenseHead, dense_loss
-from tinysam.distill.frame import EMBEDDING_STRIDE, TARGET_STRIDE
+from tinysam.distill.frame import EMBEDDING_STRIDE, LOW_RES_STRIDE, TARGET_STRIDE
 from tinysam.distill.losses import LossConfig
 from tinysam.distill.memory import recomputed
 from tinysam.distill.prompts import PromptConfig, Prompts, first_prompts, next_points
@@ -165,9 +166,10 @@ class DistillationLoss(nn.Module):
             logits = at_target_stride(low_res)
             actual_iou = losses.mask_iou(logits, truth)
         if config.focal + config.dice > 0:
-            # Two of the four outputs are trained, so only they are resized and compared with gradients.
+            # Two of the four outputs are trained, so only they are resized and compared with gradients; which of the
+            # ambiguous ones is best shows without resizing.
             with torch.no_grad():
-                ambiguous = self._mask_losses(logits[:, 1:], truth)
+                ambiguous = self._mask_losses(low_res[:, 1:], F.avg_pool2d(truth, LOW_RES_STRIDE // TARGET_STRIDE))
                 best = 1 + sum(getattr(config, name) * values for name, values in ambiguous.items()).argmin(1)
             of_best = low_res[torch.arange(len(best), device=best.device), best]
             trained = at_target_stride(torch.stack([low_res[:, SINGLE_MASK], of_best], 1))
