@@ -45,6 +45,7 @@ from tinysam.eval.reduce import Lvis, Reduction, read_scores, reduce_scores
 from tinysam.eval.results import dataset_results, to_markdown
 from tinysam.eval.rows import SCORES, to_row
 from tinysam.everything import HierarchicalConfig
+from tinysam.everything.decoders import decoder_precision
 from tinysam.lake import schema
 from tinysam.lake.coco import CocoFile
 from tinysam.lake.filesystem import join, write_once
@@ -153,6 +154,7 @@ class EvaluateWorker(ShardWorker):
         self._detections_url = detections_url
         self._sam = self._load(checkpoint)
         self._facts["engine"] = engine_name(self._sam)
+        self._facts["decoder_precision"] = decoder_precision(self._sam, config.everything.precision)
         self._generator = SamHierarchicalMaskGenerator.from_config(self._sam, config.everything)
         self._teacher = None
         if config.teacher is not None:

@@ -30,6 +30,7 @@ from pipelines.common.shard_job import ShardJob
 from pipelines.common.shard_worker import Placement, ShardWorker
 from tinysam import SamHierarchicalMaskGenerator
 from tinysam.everything import HierarchicalConfig
+from tinysam.everything.decoders import decoder_precision
 from tinysam.lake import schema
 from tinysam.lake.fingerprint import fingerprint
 from tinysam.lake.images import ImageError
@@ -107,6 +108,7 @@ class LabelImagesWorker(ShardWorker):
             "model_sha256": self._model_sha256,
             "labelling": fingerprint(self._config.labelling()),
             "engine": engine_name(self._sam),
+            "decoder_precision": decoder_precision(self._sam, self._config.everything.precision),
         }
 
     def process(self, rows: pa.Table) -> pa.Table:

@@ -191,6 +191,7 @@ def test_the_engine_that_ran_is_named_in_the_shards(tmp_path: Path, make_lake: A
     assert make_worker(lake, tiny_checkpoint).metadata()["engine"] == "torch"
     worker = make_worker(lake, tiny_checkpoint, engine="auto")
     assert worker.metadata()["engine"] == "openvino fp32"
+    assert worker.metadata()["decoder_precision"] == "float32"
     assert process(lake, worker)[0]["masks"]
 
 

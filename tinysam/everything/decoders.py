@@ -11,9 +11,10 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 
+from tinysam.everything.config import Precision
 from tinysam.everything.flops import DecoderShape, low_rank_pays
 from tinysam.everything.low_rank import LowRankDecoder, is_supported
-from tinysam.everything.tiled_decoder import TiledDecoder
+from tinysam.everything.tiled_decoder import TiledDecoder, multiplies_bfloat16
 
 CPU_DECODED_TOGETHER = 64
 """Prompts that a CPU decodes together: enough to share products, at 2 MB a prompt. A GPU takes all it is given."""
@@ -124,6 +125,13 @@ class ImageDecoders:
             tiled = embedding.device.type == "cpu" and embedding.dtype == torch.float32
             self._low_rank = TiledDecoder(self.sam, self.dtype) if tiled else LowRankDecoder(self.sam, self.dtype)
         return LowRankImageDecoder(self._low_rank, embedding)
+
+
+def decoder_precision(sam: Sam, precision: Precision) -> Precision:
+    """In which the products of everything mode's decoder are computed on the model's device, for run records."""
+    if precision == "float32" or sam.device.type != "cpu" or not is_supported(sam.mask_decoder):
+        return precision
+    return "bfloat16" if multiplies_bfloat16(sam.mask_decoder) else "float32"
 
 
 def _above(predicted_iou: Tensor, min_iou: float) -> Tensor:

@@ -16,7 +16,8 @@ from typing import cast
 import numpy as np
 import scipy.linalg.cython_blas  # noqa: F401
 import torch
-from segment_anything.modeling import Sam
+from segment_anything.modeling import MaskDecoder, Sam
+from segment_anything.modeling.transformer import Attention
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,7 +47,8 @@ class TiledDecoder(LowRankDecoder):
     @torch.no_grad()
     def __init__(self, sam: Sam, dtype: torch.dtype | None = None) -> None:
         super().__init__(sam, torch.float32)
-        self.operands = _operands(self, dtype)
+        in_bfloat16 = dtype == torch.bfloat16 and multiplies_bfloat16(self.decoder)
+        self.operands: Operands = Bfloat16Operands() if in_bfloat16 else Float32Operands()
         self.constant = np.float32(self.offset.square().sum())
         norm: nn.LayerNorm = self.decoder.output_upscaling[1]
         bias = self.norms[1].bias @ self.up_weight + self.up_bias
@@ -183,11 +185,10 @@ def _arrays(*tensors: Tensor) -> tuple[np.ndarray, ...]:
     return tuple(array.view(np.uint32) if array.dtype == np.int32 else array for array in arrays)
 
 
-def _operands(decoder: LowRankDecoder, dtype: torch.dtype | None) -> Operands:
-    """In bfloat16 if that is asked for, the CPU multiplies it, and the heads' channels fill whole registers."""
-    channels = {shared.shape[0] * shared.shape[1] for shared in decoder.position_keys.values()}
-    whole = all(count % amx.SUMMED == 0 for count in channels)
-    return Bfloat16Operands() if dtype == torch.bfloat16 and whole and amx.is_available() else Float32Operands()
+def multiplies_bfloat16(decoder: MaskDecoder) -> bool:
+    """Whether this CPU multiplies the decoder's matrices in bfloat16, whose heads must fill whole registers."""
+    attentions = (module for module in decoder.transformer.modules() if isinstance(module, Attention))
+    return all(attention.internal_dim % amx.SUMMED == 0 for attention in attentions) and amx.is_available()
 
 
 def _tiles(matrix: Tensor) -> Tensor:

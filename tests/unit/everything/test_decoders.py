@@ -8,8 +8,8 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinysam.everything import decoders
-from tinysam.everything.decoders import ImageDecoders, LowRankImageDecoder, PlainDecoder
+from tinysam.everything import amx, decoders
+from tinysam.everything.decoders import ImageDecoders, LowRankImageDecoder, PlainDecoder, decoder_precision
 from tinysam.everything.flops import DecoderShape, low_rank_cost, low_rank_pays, plain_cost
 from tinysam.everything.low_rank import LowRankDecoder
 
@@ -111,3 +111,13 @@ def test_the_counted_costs_are_the_measured_ones(build_decoder: BuildSam, n_poin
     assert image == pytest.approx(multiply_adds(lambda: low_rank.share(embedding)), rel=0.01)
     images = LowRankImageDecoder(low_rank, embedding)
     assert prompt == pytest.approx(multiply_adds(lambda: images.decode(sparse, -torch.inf)) / len(sparse), rel=0.05)
+
+
+def test_run_records_name_the_precision_that_the_cpu_has(
+    build_decoder: BuildSam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sam = build_decoder(channels=64)
+    for available, precision in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(amx, "is_available", lambda available=available: available)
+        assert decoder_precision(sam, "bfloat16") == precision
+        assert decoder_precision(sam, "float32") == "float32"
