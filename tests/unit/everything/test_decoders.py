@@ -12,6 +12,7 @@ from tinysam.everything import amx, decoders
 from tinysam.everything.decoders import ImageDecoders, LowRankImageDecoder, PlainDecoder, decoder_precision
 from tinysam.everything.flops import DecoderShape, low_rank_cost, low_rank_pays, plain_cost
 from tinysam.everything.low_rank import LowRankDecoder
+from tinysam.everything.tiled_decoder import TiledDecoder
 
 BuildSam = Callable[..., Sam]
 
@@ -61,14 +62,25 @@ def test_only_prompts_that_keep_a_mask_are_upscaled(build_decoder: BuildSam, mon
     assert sum(upscaled) == 3
 
 
-@pytest.mark.parametrize("low_rank", [True, False])
-def test_damaged_weights_are_reported(build_decoder: BuildSam, low_rank: bool) -> None:
-    sam = build_decoder()
-    sam.mask_decoder.transformer.norm_final_attn.weight[0] = torch.nan
+@pytest.mark.parametrize(
+    "damaged",
+    ["layers.0.cross_attn_image_to_token.v_proj", "final_attn_token_to_image.k_proj", "norm_final_attn", "upscaling"],
+)
+@pytest.mark.parametrize("kind", ["plain", "low-rank", "tiled", "tiled in bfloat16"])
+def test_damaged_weights_are_reported(build_decoder: BuildSam, kind: str, damaged: str) -> None:
+    sam = build_decoder(channels=64)
+    decoder = sam.mask_decoder
+    module = decoder.output_upscaling[3] if damaged == "upscaling" else decoder.transformer.get_submodule(damaged)
+    module.weight.view(-1)[0] = torch.nan
     embedding = embedding_for(sam)
-    decoder = LowRankImageDecoder(LowRankDecoder(sam), embedding) if low_rank else PlainDecoder(sam, embedding)
+    build = {
+        "plain": lambda: PlainDecoder(sam, embedding),
+        "low-rank": lambda: LowRankImageDecoder(LowRankDecoder(sam), embedding),
+        "tiled": lambda: LowRankImageDecoder(TiledDecoder(sam), embedding),
+        "tiled in bfloat16": lambda: LowRankImageDecoder(TiledDecoder(sam, torch.bfloat16), embedding),
+    }
     with pytest.raises(FloatingPointError, match="damaged"):
-        decoder.decode(points(sam, 2), 0.0)
+        build[kind]().decode(points(sam, 2), -torch.inf)
 
 
 def test_the_cheaper_decoder_is_chosen(build_decoder: BuildSam, monkeypatch: pytest.MonkeyPatch) -> None:
