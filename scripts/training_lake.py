@@ -111,7 +111,7 @@ def convert_coco(
         folder = join(config.output, split, domain)
         write_once(join(folder, f"{stem}.json"), sidecar(f"{stem}{extension}", int(entry["id"]), size, rles))
         write_once(join(folder, f"{stem}{extension}"), data)
-        if split == "train":
+        if split == "train" and config.variants:
             write_variants(f"{folder}_variants", stem, int(entry["id"]), decode_image(data), rles, config)
 
 

@@ -49,6 +49,11 @@ def by_shared(x: Tensor, shared: Tensor) -> Tensor:
     return product.unflatten(1, (n_prompts, n_tokens)).transpose(0, 1)
 
 
+def absorbed(query: Tensor, projection: nn.Linear) -> Tensor:
+    """Queries (B, H, T, d) taken back through the projection of what they are multiplied by, as (B, H T, C)."""
+    return by_shared(query, input_by_head(projection, query.shape[1])).flatten(1, 2)
+
+
 def average_shared(weights: Tensor, shared: Tensor) -> Tensor:
     """(B, H, T, N) by (H, N, d), as (B, H, T, d): one product a head for all prompts."""
     n_prompts, _, n_tokens, _ = weights.shape

@@ -48,6 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinysam.everything.algebra import (
+    absorbed,
     as_linear,
     average_shared,
     by_shared,
@@ -263,15 +264,16 @@ class LowRankDecoder:
         self, image: SharedImage, key: Tensor, values: tuple[Tensor, Tensor], query: Tensor, update: Update
     ) -> tuple[Tensor, Update]:
         """Layer 1's update of the image, by ``key``, and the final attention to it; ``values`` are of both layers."""
-        absorbed = self._absorbed_key(key)
-        logits = self._logits(key, absorbed, image.queries_1, self.position_queries, update)
+        taken_back = absorbed(key, self.to_tokens[1].q_proj)
+        logits = self._logits(key, taken_back, image.queries_1, self.position_queries, update)
         weights = logits.unflatten(1, key.shape[1:3]).softmax(2).flatten(1, 2)
         update = self._second_update(image, values, weights, update)
         return self._read(2, query, image.keys_2, image.values_2, update), update
 
     def _read(self, i: int, query: Tensor, shared_keys: Tensor, shared_values: Tensor, update: Update) -> Tensor:
         """Attention ``i`` from tokens to an updated image, without the biases that ``_out`` adds."""
-        logits = self._logits(query, self._absorbed(i, query), shared_keys, self.position_keys[i], update)
+        taken_back = absorbed(query, self.to_image[i].k_proj)
+        logits = self._logits(query, taken_back, shared_keys, self.position_keys[i], update)
         weights = logits.softmax(-1) * update.inverse.to(self.dtype)
         mixed = torch.bmm(weights, update.columns.transpose(1, 2)).to(query.dtype) @ update.rows
         if update.offset is not None:
@@ -282,29 +284,21 @@ class LowRankDecoder:
         output = self._values_of(i, mixed.unflatten(1, by_head))
         return output + average_shared(weights.unflatten(1, by_head), shared_values).to(query.dtype)
 
-    def _absorbed(self, i: int, query: Tensor) -> Tensor:
-        """Queries (B, H, T, d) of attention ``i`` taken back through its projection of keys, (B, R, C)."""
-        return by_shared(query, input_by_head(self.to_image[i].k_proj, query.shape[1])).flatten(1, 2)
-
-    def _absorbed_key(self, key: Tensor) -> Tensor:
-        """Keys (B, H, T, d) of layer 1 taken back through its projection of the image's queries, (B, R, C)."""
-        return by_shared(key, input_by_head(self.to_tokens[1].q_proj, key.shape[1])).flatten(1, 2)
-
     def _values_of(self, i: int, tokens: Tensor) -> Tensor:
         """The values (B, H, T, d) in attention ``i`` of tokens that differ by head, (B, H, T, C)."""
         return by_shared(tokens, input_by_head(self.to_image[i].v_proj, tokens.shape[1]).mT)
 
-    def _logits(self, query: Tensor, absorbed: Tensor, shared: Tensor, position: Tensor, update: Update) -> Tensor:
+    def _logits(self, query: Tensor, taken_back: Tensor, shared: Tensor, position: Tensor, update: Update) -> Tensor:
         """Products of ``query`` (B, H, T, d) with updated and projected image tokens, (B, R, N).
 
         Args:
-            absorbed: (B, R, C), the query taken back through the projection.
+            taken_back: (B, R, C), the query ``absorbed`` by that projection.
         """
         query = query.to(self.dtype)
         by_head = query.shape[1:3]
-        logits = torch.bmm((absorbed @ update.rows.transpose(1, 2)).to(self.dtype), update.columns)
+        logits = torch.bmm((taken_back @ update.rows.transpose(1, 2)).to(self.dtype), update.columns)
         if update.offset is not None:
-            logits += (absorbed @ update.offset)[..., None].to(self.dtype)
+            logits += (taken_back @ update.offset)[..., None].to(self.dtype)
         product = by_shared(query, shared)
         if update.previous is not None:
             product = product * update.previous[:, None].to(self.dtype)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tinysam.everything import amx, tile_kernels
-from tinysam.everything.algebra import by_shared
+from tinysam.everything.algebra import absorbed, by_shared
 from tinysam.everything.factored import DecodedTokens, SharedImage, Update
 from tinysam.everything.low_rank import LowRankDecoder
 from tinysam.everything.tile_operands import Bfloat16Operands, Float32Operands, Operands
@@ -63,8 +63,9 @@ class TiledDecoder(LowRankDecoder):
     @torch.no_grad()
     def share(self, embedding: Tensor) -> SharedImage:
         image = super().share(embedding)
-        right, values = self.operands.right, self.operands.values
-        tiled = {name: _tiles(tensor) for name, tensor in image._asdict().items()}
+        values = ("values_0", "values_1", "values_2")
+        upright = (*values, "upscaled")  # whose image tokens are rows
+        tiled = {name: _tiles(tensor.mT if name in upright else tensor) for name, tensor in image._asdict().items()}
         positions = {
             "keys_1": self.position_keys[1],
             "queries_1": self.position_queries,
@@ -73,10 +74,9 @@ class TiledDecoder(LowRankDecoder):
         for name, position in positions.items():
             tiled[name] = torch.cat([tiled[name], _tiles(position)], dim=-1)
         for name in ("keys_0", "queries_0", "cross_0", "cross_10", "cross_11", *positions):
-            tiled[name] = right(tiled[name].flatten(1, 2))
-        for name in ("values_0", "values_1", "values_2"):
-            tiled[name] = values(_tiles(getattr(image, name).mT).mT)
-        tiled["upscaled"] = _tiles(image.upscaled.mT)
+            tiled[name] = self.operands.right(tiled[name].flatten(1, 2))
+        for name in values:
+            tiled[name] = self.operands.values(tiled[name].mT)
         return SharedImage(**{name: tensor.contiguous() for name, tensor in tiled.items()})
 
     @torch.no_grad()
@@ -115,8 +115,9 @@ class TiledDecoder(LowRankDecoder):
         left, by_head = self.operands.left, self.operands.left_by_head
         centred_rows = by_shared(value, self.rows_0).flatten(1, 2)
         rows = centred_rows * self.norms[0].weight
-        gram, absorbed = centred_rows @ centred_rows.mT, self._absorbed(1, query) @ rows.mT
-        prompts = _arrays(by_head(key), by_head(value), left(gram), by_head(query), left(absorbed))
+        gram = centred_rows @ centred_rows.mT
+        against_rows = absorbed(query, self.to_image[1].k_proj) @ rows.mT
+        prompts = _arrays(by_head(key), by_head(value), left(gram), by_head(query), left(against_rows))
         columns = (n_prompts, n_tiles, 2, *self.operands.right_shape(rank, TILE))
         if self._columns.shape != columns:
             self._columns = torch.zeros(columns, dtype=self.operands.dtype)
@@ -142,14 +143,14 @@ class TiledDecoder(LowRankDecoder):
         )
         n_prompts, heads, n_final, _ = query.shape
         left, by_head = self.operands.left, self.operands.left_by_head
-        absorbed = self._absorbed_key(key) @ update.rows.mT
+        against_rows = absorbed(key, self.to_tokens[1].q_proj) @ update.rows.mT
         centred_rows = self._centred_rows(values)
         first, second = centred_rows.chunk(2, dim=1)
         rank = first.shape[1]
         rows = centred_rows * self.norms[1].weight
-        final = self._absorbed(2, query)
+        final = absorbed(query, self.to_image[2].k_proj)
         prompts = _arrays(
-            *(by_head(key), left(absorbed), *map(by_head, values)),
+            *(by_head(key), left(against_rows), *map(by_head, values)),
             *map(left, (first @ first.mT, 2 * second @ first.mT, second @ second.mT)),
             *(by_head(query), self.operands.left_of_halves(final @ rows.mT)),
             *((2 * centred_rows @ self.offset).unflatten(1, (2, rank)), final @ self.offset_2),

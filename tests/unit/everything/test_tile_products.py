@@ -56,11 +56,7 @@ def _packed(like, matrix, other):  # type: ignore[no-untyped-def]
     right = tp.transposed(
         tp.as_left(other, tp.left_buffer(like, columns, summed)), tp.right_buffer(like, summed, columns)
     )
-    out = tp.result(like, rows, columns)
-    tp.open_operands(like)
-    tp.product(left, right, out)
-    tp.close_operands(like)
-    return out[:rows, :columns]
+    return _product(left, right, rows, columns)
 
 
 @njit
