@@ -37,6 +37,10 @@ class LossConfig:
     dense: float = 0.0
     """An auxiliary task that speeds up encoders which start from nothing: every pixel tells its object's box (our
     choice; see tinysam/distill/dense.py)."""
+    mask_cells: int | None = None
+    """Compare each mask in this many cells of the embedding (16 x 16 input pixels) instead of everywhere, at the
+    resolution of its logits: in half of them because there is most of the mask or of what is predicted, in the others
+    by chance, weighed for all the rest (our choice; see tinysam/distill/cells.py). Many prompts an image cost less."""
     hard_mask_weight: bool = True
     """Weigh each mask's output loss by H_i (paper); off: every mask weighs 0.5, H's value at parity."""
     distance: Literal["l1", "mse"] = "l1"
@@ -56,6 +60,8 @@ class LossConfig:
             raise ValueError("every loss is switched off")
         if self.output > 0 and self.output_kind == "focal_dice" and not self.focal + self.dice > 0:
             raise ValueError("output_kind focal_dice needs the weights of focal and dice")
+        if self.mask_cells is not None and self.mask_cells < 2:
+            raise ValueError(f"mask_cells must be at least 2, got {self.mask_cells}")
         if self.logit_clip <= 0:
             raise ValueError(f"logit_clip must be positive, got {self.logit_clip}")
 
@@ -95,7 +101,9 @@ def _differences(student: torch.Tensor, teacher: torch.Tensor, distance: Literal
     return compare(student, teacher, reduction="none")
 
 
-def output_loss(student: torch.Tensor, teacher: torch.Tensor, config: LossConfig) -> torch.Tensor:
+def output_loss(
+    student: torch.Tensor, teacher: torch.Tensor, config: LossConfig, weight: torch.Tensor | None = None
+) -> torch.Tensor:
     """L_output of each mask, averaged over the decoder's ``M`` outputs.
 
     ``l1``: mean absolute difference of logits clipped to ``[-logit_clip, logit_clip]``. ``focal_dice``: focal and dice
@@ -105,15 +113,16 @@ def output_loss(student: torch.Tensor, teacher: torch.Tensor, config: LossConfig
         student: ``(N, M, h, w)`` logits.
         teacher: ``(N, M, h, w)`` logits.
         config: the kind, and what belongs to it.
+        weight: of the pixels, ``(N, 1, h, w)`` or less that expands to it; None for 1 each.
 
     Returns:
         ``(N,)``.
     """
     if config.output_kind == "l1":
         clip = config.logit_clip
-        return (student.clamp(-clip, clip) - teacher.clamp(-clip, clip)).abs().flatten(1).mean(1)
+        return _mean((student.clamp(-clip, clip) - teacher.clamp(-clip, clip)).abs(), weight).mean(1)
     soft = teacher.sigmoid()
-    return (config.focal * focal_loss(student, soft) + config.dice * dice_loss(student, soft)).mean(1)
+    return (config.focal * focal_loss(student, soft, weight) + config.dice * dice_loss(student, soft, weight)).mean(1)
 
 
 def hard_mask_weight(teacher_iou: torch.Tensor, student_iou: torch.Tensor, epsilon: float = 1e-6) -> torch.Tensor:
@@ -126,7 +135,7 @@ def hard_mask_weight(teacher_iou: torch.Tensor, student_iou: torch.Tensor, epsil
     return torch.sigmoid(teacher_iou / (student_iou + epsilon) - 1)
 
 
-def focal_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def focal_loss(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """Focal loss of each mask: the mean over pixels of ``alpha_t * (1 - p_t)^2 * cross entropy``, alpha 0.25.
 
     torchvision's ``sigmoid_focal_loss`` in half as many passes over the pixels, of which ``targets`` may have fewer.
@@ -134,6 +143,7 @@ def focal_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     Args:
         logits: ``(N, M, h, w)``.
         targets: ``(N, 1 or M, h, w)``.
+        weight: of the pixels, ``(N, 1, h, w)`` or less that expands to it; None for 1 each.
 
     Returns:
         ``(N, M)``.
@@ -141,15 +151,26 @@ def focal_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     error = torch.addcmul(targets, logits.sigmoid(), 1 - 2 * targets)  # 1 - p_t, with p_t = p t + (1 - p) (1 - t)
     log_likelihood = torch.addcmul(F.logsigmoid(logits), logits, targets - 1)
     alpha = FOCAL_ALPHA * targets + (1 - FOCAL_ALPHA) * (1 - targets)
-    return -(alpha * (log_likelihood * error.square())).flatten(2).mean(2)
+    return -_mean(alpha * (log_likelihood * error.square()), weight)
 
 
-def dice_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def dice_loss(logits: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
     """1 - Dice of each mask's probabilities, smoothed by a pixel; shapes as for :func:`focal_loss`."""
-    probabilities = logits.sigmoid().flatten(2)
-    targets = targets.flatten(2)
-    overlap = (probabilities * targets).sum(2)
-    return 1 - (2 * overlap + 1) / (probabilities.sum(2) + targets.sum(2) + 1)
+    probabilities = logits.sigmoid()
+    overlap = _sum(probabilities * targets, weight)
+    return 1 - (2 * overlap + 1) / (_sum(probabilities, weight) + _sum(targets, weight) + 1)
+
+
+def _sum(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Of ``(N, M, h, w)`` over pixels, each of its weight: ``(N, M)``."""
+    return (values if weight is None else values * weight).flatten(2).sum(2)
+
+
+def _mean(values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """As :func:`_sum`."""
+    return (
+        values.flatten(2).mean(2) if weight is None else _sum(values, weight) / _sum(weight.expand(values.shape), None)
+    )
 
 
 @torch.no_grad()

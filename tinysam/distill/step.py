@@ -12,7 +12,8 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from tinysam.distill import losses
-from tinysam.distill.decoding import Decoded, at_target_stride, decode, dense_positions
+from tinysam.distill.cells import choose_cells
+from tinysam.distill.decoding import Decoded, at_target_stride, cell_logits, cell_pixels, decode, dense_positions
 from tinysam.distill.dense import DenseHead, dense_loss
 from tinysam.distill.frame import EMBEDDING_STRIDE, LOW_RES_STRIDE, TARGET_STRIDE
 from tinysam.distill.losses import LossConfig
@@ -33,6 +34,19 @@ class SingleMask(NamedTuple):
     """``(N, H, W)`` bool in the targets' frame."""
     iou: torch.Tensor
     """``(N,)`` with the ground truth."""
+
+
+class Compared(NamedTuple):
+    """Where masks are compared, at the resolution of their logits: ``(h, w)`` pixels, or cells and their pixels."""
+
+    logits: torch.Tensor
+    """``(N, 4, h, w)``."""
+    truth: torch.Tensor
+    """``(N, 1, h, w)`` coverages."""
+    taught: torch.Tensor | None
+    """``(N, 4, h, w)`` logits of the teacher."""
+    weight: torch.Tensor | None
+    """``(N, 1, h, 1)``: how many cells each stands for; None for everywhere."""
 
 
 class DistillationLoss(nn.Module):
@@ -119,12 +133,18 @@ class DistillationLoss(nn.Module):
             if teacher is not None and config.needs_teacher_masks:
                 with torch.no_grad(), autocast:
                     taught = decode(teacher, batch.embedding, teacher_positions, prompts, mask_logits)
+            # Drawn here, as a round that is computed again must see the same.
+            drawn = 0 if self.losses.mask_cells is None else size**2
+            chances = torch.rand(len(targets), drawn, generator=generator, device=generator.device)
             run = partial(recomputed, self._round) if self.recompute_rounds else self._round
-            round_terms, decoded = run(embeddings, positions, prompts, mask_logits, taught, targets, weight, autocast)
+            round_terms, decoded = run(
+                embeddings, positions, prompts, mask_logits, taught, targets, weight, chances, autocast
+            )
             for name, value in round_terms.items():
                 terms[name] = terms.get(name, 0) + value / (len(refinements) + 1)
             if number == 0:
-                difficulty = _difficulty(decoded, taught, targets, weight).unflatten(0, batch.weight.shape).nanmean(1)
+                difficulty = self._difficulty(decoded, taught, targets, weight)
+                difficulty = difficulty.unflatten(0, batch.weight.shape).nanmean(1)
             if number < len(refinements):
                 points, labels = next_points(targets > 0.5, decoded.mask, self.prompts.policy, generator)
                 prompts = prompts.extended(points + offset, labels)
@@ -149,63 +169,98 @@ class DistillationLoss(nn.Module):
         taught: Decoded | None,
         targets: torch.Tensor,
         weight: torch.Tensor,
+        chances: torch.Tensor,
         autocast: torch.autocast,
     ) -> tuple[dict[str, torch.Tensor], SingleMask]:
         """The terms of a round of prompts, and what the student's single-mask output was."""
         config = self.losses
         with autocast:
-            decoded = decode(self.student, embeddings, positions, prompts, mask_logits)
+            whole = config.mask_cells is None
+            decoded = decode(self.student, embeddings, positions, prompts, mask_logits, differentiable_logits=whole)
         low_res, truth = decoded.logits.float(), targets[:, None]
         count = weight.sum().clamp(min=1)
 
         def mean(values: torch.Tensor) -> torch.Tensor:
             return (values * weight).sum() / count
 
-        terms: dict[str, torch.Tensor] = {}
-        with torch.no_grad():
-            logits = at_target_stride(low_res)
-            actual_iou = losses.mask_iou(logits, truth)
-        if config.focal + config.dice > 0:
-            # Two of the four outputs are trained, so only they are resized and compared with gradients; which of the
-            # ambiguous ones is best shows without resizing.
-            with torch.no_grad():
-                ambiguous = self._mask_losses(low_res[:, 1:], F.avg_pool2d(truth, LOW_RES_STRIDE // TARGET_STRIDE))
-                best = 1 + sum(getattr(config, name) * values for name, values in ambiguous.items()).argmin(1)
-            of_best = low_res[torch.arange(len(best), device=best.device), best]
-            trained = at_target_stride(torch.stack([low_res[:, SINGLE_MASK], of_best], 1))
-            terms |= {name: mean(values.sum(1)) for name, values in self._mask_losses(trained, truth).items()}
+        pooled = _pooled(truth)
+        if config.mask_cells is None:
+            compared = Compared(low_res, pooled, None if taught is None else taught.logits.float(), weight=None)
+        else:
+            with autocast:
+                compared = _in_cells(self.student, decoded, taught, pooled, chances, config.mask_cells)
+        actual_iou = self._iou(low_res, truth)
+        terms = {name: mean(values) for name, values in self._mask_losses(compared, truth).items()}
         if config.iou > 0:
             terms["iou"] = mean((decoded.predicted_iou.float() - actual_iou).abs().mean(1))
         if taught is not None and config.token > 0:
             terms["token"] = mean(losses.token_loss(decoded.tokens.float(), taught.tokens.float(), config.distance))
-        if taught is not None and config.output > 0:
+        if taught is not None and compared.taught is not None and config.output > 0:
             hardness = torch.full_like(weight, 0.5)
             if config.hard_mask_weight:
-                hardness = losses.hard_mask_weight(_single_iou(taught, truth), actual_iou[:, SINGLE_MASK])
-            terms["output"] = mean(hardness * losses.output_loss(low_res, taught.logits.float(), config))
-        return terms, SingleMask(
-            low_res=low_res[:, SINGLE_MASK, None].detach(),
-            mask=logits[:, SINGLE_MASK] > 0,
-            iou=actual_iou[:, SINGLE_MASK],
-        )
+                hardness = losses.hard_mask_weight(self._single_iou(taught, truth), actual_iou[:, SINGLE_MASK])
+            of_output = losses.output_loss(compared.logits, compared.taught, config, compared.weight)
+            terms["output"] = mean(hardness * of_output)
+        single = low_res[:, SINGLE_MASK, None].detach()
+        return terms, SingleMask(single, at_target_stride(single)[:, 0] > 0, actual_iou[:, SINGLE_MASK])
 
-    def _mask_losses(self, logits: torch.Tensor, truth: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Focal and dice loss, as far as they have a weight: ``(N, M)`` each."""
+    def _mask_losses(self, compared: Compared, truth: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Focal and dice loss, as far as they have a weight, of the single mask and the best of the ambiguous ones:
+        ``(N,)`` each. ``truth`` is ``(N, 1, H, W)`` in the targets' frame."""
         found = {"focal": losses.focal_loss, "dice": losses.dice_loss}
-        return {name: loss(logits, truth) for name, loss in found.items() if getattr(self.losses, name) > 0}
+        used = {name: loss for name, loss in found.items() if getattr(self.losses, name) > 0}
+        if not used:
+            return {}
+        # Two of the four outputs are trained, so only they are compared with gradients.
+        with torch.no_grad():
+            ambiguous = compared.logits[:, 1:], compared.truth, compared.weight
+            best = 1 + sum(getattr(self.losses, name) * loss(*ambiguous) for name, loss in used.items()).argmin(1)
+        of_best = compared.logits[torch.arange(len(best), device=best.device), best]
+        trained = torch.stack([compared.logits[:, SINGLE_MASK], of_best], 1)
+        if compared.weight is None:  # whole masks are resized: a student learns where in its pixels a boundary runs
+            return {name: loss(at_target_stride(trained), truth).sum(1) for name, loss in used.items()}
+        return {name: loss(trained, compared.truth, compared.weight).sum(1) for name, loss in used.items()}
+
+    def _difficulty(
+        self, decoded: SingleMask, taught: Decoded | None, targets: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """``(N,)`` by how much the teacher's IoU exceeds the student's; NaN where there is no mask."""
+        teacher_iou = 1.0 if taught is None else self._single_iou(taught, targets[:, None])
+        return (teacher_iou - decoded.iou).masked_fill(weight == 0, torch.nan)
+
+    def _single_iou(self, decoded: Decoded, truth: torch.Tensor) -> torch.Tensor:
+        return self._iou(decoded.logits[:, SINGLE_MASK, None], truth)[:, 0]
+
+    @torch.no_grad()
+    def _iou(self, low_res: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+        """``(N, M)`` IoU of ``(N, M, h, w)`` logits with ``(N, 1, H, W)`` coverages, where the losses compare them."""
+        if self.losses.mask_cells is not None:
+            return losses.mask_iou(low_res, _pooled(truth))
+        return losses.mask_iou(at_target_stride(low_res), truth)
 
 
-def _difficulty(
-    decoded: SingleMask, taught: Decoded | None, targets: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """``(N,)`` by how much the teacher's IoU exceeds the student's; NaN where there is no mask."""
-    teacher_iou = 1.0 if taught is None else _single_iou(taught, targets[:, None])
-    return (teacher_iou - decoded.iou).masked_fill(weight == 0, torch.nan)
+def _pooled(truth: torch.Tensor) -> torch.Tensor:
+    """Coverages of the targets' pixels as those of the logits'."""
+    return F.avg_pool2d(truth, LOW_RES_STRIDE // TARGET_STRIDE)
 
 
-def _single_iou(decoded: Decoded, truth: torch.Tensor) -> torch.Tensor:
-    """``(N,)`` IoU of single-mask outputs with ``(N, 1, H, W)`` coverages."""
-    return losses.mask_iou(at_target_stride(decoded.logits[:, SINGLE_MASK, None]), truth)[:, 0]
+def _in_cells(
+    student: Sam, decoded: Decoded, taught: Decoded | None, truth: torch.Tensor, chances: torch.Tensor, count: int
+) -> Compared:
+    """Masks in ``count`` cells of the embedding; ``truth`` is ``(N, 1, h, w)`` coverages, ``chances`` ``(N, S)``."""
+    covered = cell_pixels(truth)
+    predicted = cell_pixels(decoded.logits.detach()).amax((1, 3)).float().sigmoid()
+    cells, weight = choose_cells(torch.maximum(predicted, covered.amax((1, 3))), chances, count)
+
+    def chosen(masks: torch.Tensor) -> torch.Tensor:
+        return masks.gather(2, cells[:, None, :, None].expand(-1, masks.shape[1], -1, masks.shape[3]))
+
+    return Compared(
+        logits=cell_logits(student, decoded, cells).float(),
+        truth=chosen(covered),
+        taught=None if taught is None else chosen(cell_pixels(taught.logits)).float(),
+        weight=weight[:, None, :, None],
+    )
 
 
 def preprocess(sam: Sam, images: torch.Tensor, content_size: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from segment_anything.modeling import Sam
 
-from tinysam.distill.decoding import decode, dense_positions
+from tinysam.distill.decoding import cell_logits, cell_pixels, decode, dense_positions
 from tinysam.distill.prompts import Prompts
 
 
@@ -36,3 +36,21 @@ def test_positions_of_a_crop_are_cut_from_the_frames(tiny_sam: Sam) -> None:
     crops = dense_positions(tiny_sam, torch.tensor([[0, 0], [5, 2]]), 3)
     assert torch.equal(crops[0], frame[:, :3, :3])
     assert torch.equal(crops[1], frame[:, 2:5, 5:8])
+
+
+def test_logits_of_some_cells_are_those_of_the_whole_masks(tiny_sam: Sam) -> None:
+    torch.manual_seed(0)
+    embeddings = torch.randn(2, 32, 8, 8)
+    prompts = Prompts(torch.rand(6, 2, 2) * 128, torch.tensor([1, -1]).expand(6, 2))
+    positions = dense_positions(tiny_sam, torch.zeros(2, 2, dtype=torch.long), 8)
+    cells = torch.stack([torch.randperm(64)[:9] for _ in range(6)])
+    decoded = decode(tiny_sam, embeddings, positions, prompts, differentiable_logits=False)
+    found = cell_logits(tiny_sam, decoded, cells)
+    for prompt, chosen in enumerate(cells.tolist()):
+        for number, cell in enumerate(chosen):
+            y, x = cell // 8 * 4, cell % 8 * 4
+            expected = decoded.logits[prompt, :, y : y + 4, x : x + 4].flatten(1)
+            torch.testing.assert_close(found[prompt, :, number], expected, rtol=1e-4, atol=1e-5)
+            assert torch.equal(cell_pixels(decoded.logits)[prompt, :, cell], expected)
+    assert found.requires_grad
+    assert not decoded.logits.requires_grad

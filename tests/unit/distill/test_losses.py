@@ -36,6 +36,26 @@ def test_mask_losses_are_their_equations(rng: np.random.Generator, kind: str) ->
     )
 
 
+def test_a_weighted_pixel_counts_as_so_many(rng: np.random.Generator) -> None:
+    logits, taught = rng.normal(scale=5, size=(2, 3, 4, 6, 5))
+    targets = rng.random((3, 1, 6, 5))
+    counts = np.array([1, 3, 1, 2, 1, 4])
+
+    def repeated(array: np.ndarray) -> torch.Tensor:
+        return double(array.repeat(counts, axis=2))
+
+    weight = double(counts[None, None, :, None].astype(float)).expand(3, 1, 6, 1)
+    for loss in (losses.focal_loss, losses.dice_loss):
+        torch.testing.assert_close(
+            loss(double(logits), double(targets), weight), loss(repeated(logits), repeated(targets))
+        )
+    for config in (LossConfig(), LossConfig(output_kind="focal_dice")):
+        torch.testing.assert_close(
+            losses.output_loss(double(logits), double(taught), config, weight),
+            losses.output_loss(repeated(logits), repeated(taught), config),
+        )
+
+
 def test_the_focal_loss_is_torchvisions_to_its_gradient_and_where_logits_are_extreme(rng: np.random.Generator) -> None:
     targets = torch.from_numpy(rng.random((2, 3, 5, 9)).round(1)).float()
     logits = torch.from_numpy(rng.normal(scale=30, size=(2, 3, 5, 9))).float()

@@ -65,8 +65,10 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tiny_sam: Sam, batch: Sample)
     torch.testing.assert_close(loss.detach(), expected)
 
 
-def test_a_round_is_the_papers_equation_to_its_gradient(tiny_sam: Sam, batch: Sample) -> None:
-    """Against a transcription in float64 that takes no shortcut: all outputs resized, and the best one chosen last."""
+@pytest.mark.parametrize("cells", [None, 16], ids=["whole masks", "all of their cells"])
+def test_a_round_is_the_papers_equation_to_its_gradient(tiny_sam: Sam, batch: Sample, cells: int | None) -> None:
+    """Against a transcription in float64 that takes no shortcut: all outputs resized, and the best one chosen last.
+    Cells are compared at the resolution of the logits."""
     teacher, student = copy.deepcopy(tiny_sam), copy.deepcopy(tiny_sam)
     with torch.no_grad():
         for value in teacher.mask_decoder.parameters():
@@ -74,7 +76,7 @@ def test_a_round_is_the_papers_equation_to_its_gradient(tiny_sam: Sam, batch: Sa
     batch.weight[0, 1] = 0
     batch.content_size[1] = 40  # the rest is padding
     reference = copy.deepcopy(student).train()
-    loss, _, _ = forward(student, teacher, batch, refinements=[])
+    loss, _, _ = forward(student, teacher, batch, LossConfig(mask_cells=cells), refinements=[])
     loss.backward()
 
     embeddings = reference.image_encoder(step.preprocess(reference, batch.image, batch.content_size))
@@ -86,14 +88,16 @@ def test_a_round_is_the_papers_equation_to_its_gradient(tiny_sam: Sam, batch: Sa
         outputs.append(decode(sam, embedding, dense_positions(sam, batch.origin, 4), prompts))
     mine, theirs = outputs
 
+    truth = targets[:, None].double() if cells is None else F.avg_pool2d(targets[:, None].double(), 2)
+
     def resized(logits: torch.Tensor) -> torch.Tensor:
-        return F.interpolate(logits.double(), scale_factor=2, mode="bilinear")
+        return F.interpolate(logits.double(), size=truth.shape[2:], mode="bilinear")
 
     def iou(logits: torch.Tensor) -> torch.Tensor:
-        predicted, actual = resized(logits) > 0, targets[:, None] > 0.5
+        predicted, actual = resized(logits) > 0, truth[:, :1] > 0.5
         return (predicted & actual).sum((2, 3)) / (predicted | actual).sum((2, 3)).clamp(min=1)
 
-    truth = targets[:, None].double().expand(-1, 4, -1, -1)
+    truth = truth.expand(-1, 4, -1, -1)
     logits = resized(mine.logits)
     p = logits.sigmoid()
     dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / (p.sum((2, 3)) + truth.sum((2, 3)) + 1)
@@ -146,9 +150,9 @@ def test_the_teacher_decodes_only_where_something_compares_with_its_masks(
 ) -> None:
     teacher, asked = copy.deepcopy(tiny_sam), []
 
-    def counted(sam: Sam, *arguments: Any) -> Any:
+    def counted(sam: Sam, *arguments: Any, **options: Any) -> Any:
         asked.append(sam is teacher)
-        return decode(sam, *arguments)
+        return decode(sam, *arguments, **options)
 
     monkeypatch.setattr(step, "decode", counted)
     forward(copy.deepcopy(tiny_sam), teacher, batch, LossConfig(token=0, output=0))
@@ -174,10 +178,12 @@ def test_alternatives_give_other_losses_that_can_be_trained_on(
     assert all(value.isfinite().all() for value in gradients(student).values())
 
 
-def test_recomputed_rounds_give_the_same_gradients(tiny_sam: Sam, batch: Sample) -> None:
+@pytest.mark.parametrize("cells", [None, 6])
+def test_recomputed_rounds_give_the_same_gradients(tiny_sam: Sam, batch: Sample, cells: int | None) -> None:
     kept, recomputed = copy.deepcopy(tiny_sam), copy.deepcopy(tiny_sam)
+    config = LossConfig(mask_cells=cells)
     for student, recompute in ((kept, False), (recomputed, True)):
-        forward(student, copy.deepcopy(tiny_sam), batch, recompute_rounds=recompute)[0].backward()
+        forward(student, copy.deepcopy(tiny_sam), batch, config, recompute_rounds=recompute)[0].backward()
     expected, found = gradients(kept), gradients(recomputed)
     assert expected.keys() == found.keys()
     for name, value in expected.items():
@@ -217,6 +223,17 @@ def test_recomputed_rounds_keep_less_for_the_backward_pass(tiny_sam: Sam, batch:
         return (four - one) / 3
 
     assert of_a_round(True) < of_a_round(False) / 20
+
+
+def test_few_cells_keep_less_for_the_backward_pass(tiny_sam: Sam, batch: Sample) -> None:
+    def of_a_round(cells: int | None) -> int:
+        student, config = copy.deepcopy(tiny_sam), LossConfig(mask_cells=cells)
+        one, two = (
+            saved_bytes(partial(forward, student, None, batch, config, refinements=rounds)) for rounds in ([], [False])
+        )
+        return two - one
+
+    assert of_a_round(4) < 0.8 * of_a_round(None)
 
 
 def test_recomputed_blocks_change_nothing_but_memory(tiny_sam: Sam) -> None:

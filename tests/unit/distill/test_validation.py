@@ -38,7 +38,8 @@ def test_corrections_say_what_was_wrong_and_see_the_logits_before(
         asked.append((prompts, before))
         truth = torch.nn.functional.avg_pool2d(batch.targets.flatten(0, 1)[:, None], 2) * 2 * sure - sure
         logits = truth.expand(-1, 4, -1, -1) if before is not None else torch.full_like(truth, -sure)
-        return Decoded(torch.zeros(0), logits.expand(-1, 4, -1, -1), torch.ones(len(truth), 4))
+        nothing = torch.zeros(0)
+        return Decoded(nothing, logits.expand(-1, 4, -1, -1), torch.ones(len(truth), 4), nothing, nothing)
 
     monkeypatch.setattr(validation, "decode", perfect)
     scores = validate(tiny_sam, [batch], PLAIN)
@@ -66,7 +67,8 @@ def test_prompts_of_a_crop_are_told_in_the_models_frame(
     ) -> Decoded:
         asked.append(prompts)
         count = len(prompts.points)
-        return Decoded(torch.zeros(0), torch.full((count, 4, 16, 16), -1.0), torch.ones(count, 4))
+        nothing = torch.zeros(0)
+        return Decoded(nothing, torch.full((count, 4, 16, 16), -1.0), torch.ones(count, 4), nothing, nothing)
 
     monkeypatch.setattr(validation, "decode", remember)
     validate(tiny_sam, [batch], PLAIN)
