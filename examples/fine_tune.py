@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found without an
 
 import tyro
 
+import tinysam
 from pipelines import cache_teacher, distill, evaluate
 from tinysam.lake.filesystem import join
 from tinysam.synthetic import write_scenes
@@ -26,7 +27,6 @@ def main(
     val_annotations: str | None = None,
     output: str = "runs/fine_tune",
     model: str = "demo_student",
-    image_size: int = 512,
     epochs: int = 2,
     scenes: int = 16,
 ) -> int:
@@ -39,7 +39,6 @@ def main(
         val_annotations: Their COCO file. None: SA-1B's JSON files beside them.
         output: Folder or URL of all results. Running the same command again goes on from what is there.
         model: A name that `tinysam weights` lists, or a checkpoint.
-        image_size: The model's own.
         epochs: Over the images.
         scenes: How many to train on, where there is no lake; a quarter of that to measure on.
     """
@@ -51,7 +50,8 @@ def main(
 
     # No embeddings to keep to, so training may flip, recolour and zoom.
     masks = ["--annotations", train_annotations] if train_annotations else []
-    flags = ["--lake", train, *masks, "--output", cache, "--teacher", "none", "--image-size", str(image_size)]
+    flags = ["--lake", train, *masks, "--output", cache, "--teacher", "none"]
+    flags += ["--image-size", str(tinysam.load(model).image_encoder.img_size)]
     code = cache_teacher.main([*flags, "--images-per-shard", "8"])
     code = code or distill.main(
         [

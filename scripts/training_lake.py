@@ -45,9 +45,6 @@ SHIPPABLE_LICENSES = frozenset({4, 5, 7, 8})
 
 SPLITS = ("train", "val")
 
-CROP = (0.6, 1.0)
-"""Least and greatest part of an image's sides that a variant shows."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingLake:
@@ -65,6 +62,8 @@ class TrainingLake:
     """Share of the real images that is held out."""
     variants: int = 0
     """How many variants of each real training image are written."""
+    variant_share: tuple[float, float] = (0.6, 1.0)
+    """Least and greatest part of an image's sides that a variant shows."""
     seed: int = 0
     """Of the synthetic scenes and of the variants."""
     workers: int = 2
@@ -75,6 +74,8 @@ class TrainingLake:
             raise ValueError(f"val_share must be in [0, 1), got {self.val_share}")
         if self.variants < 0:
             raise ValueError(f"variants must not be negative, got {self.variants}")
+        if not 0 < self.variant_share[0] <= self.variant_share[1] <= 1:
+            raise ValueError(f"variant_share needs 0 < least <= greatest <= 1, got {self.variant_share}")
 
 
 def split_of(domain: str, file_name: str, val_share: float) -> str:
@@ -122,7 +123,7 @@ def write_variants(
     masks = np.stack([decode_rle(rle) for rle in rles], 2) if rles else np.zeros((*image.shape[:2], 0), np.uint8)
     for number in range(config.variants):
         rng = np.random.default_rng((config.seed, image_id, number))
-        pixels, cut = altered(image, masks, rng)
+        pixels, cut = altered(image, masks, config.variant_share, rng)
         shown = [encode_rle(cut[..., i]) for i in np.flatnonzero(cut.any((0, 1)))]
         buffer, name = io.BytesIO(), f"{stem}_{number}"
         Image.fromarray(pixels).save(buffer, "PNG")
@@ -131,10 +132,12 @@ def write_variants(
         write_once(join(folder, f"{name}.png"), buffer.getvalue())
 
 
-def altered(image: np.ndarray, masks: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def altered(
+    image: np.ndarray, masks: np.ndarray, share: tuple[float, float], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """The same part, mirrored and turned alike, of an image (H, W, 3) and of masks (H, W, N)."""
     height, width = image.shape[:2]
-    sides = [max(1, round(side * share)) for side, share in zip((height, width), rng.uniform(*CROP, 2), strict=True)]
+    sides = [max(1, round(side * share)) for side, share in zip((height, width), rng.uniform(*share, 2), strict=True)]
     y, x = (int(rng.integers(0, whole - side + 1)) for whole, side in zip((height, width), sides, strict=True))
     turns, mirrored = int(rng.integers(4)), bool(rng.integers(2))
     parts = (array[y : y + sides[0], x : x + sides[1]] for array in (image, masks))
