@@ -124,9 +124,9 @@ def _build_encoder(config: SamConfig) -> torch.nn.Module:
     return fuse_attention(vit)
 
 
-# Windows that divide the embedding of 256-pixel crops, on which these models are trained, need no padding.
+# Windows that divide the embeddings of whole images and of the crops that these models have seen need no padding.
 _DEMO_WINDOWS = (8, 8, 16, 8)
-_DEMO_POSITION_SCALE = 3.0  # their objects are a few embedding pixels wide
+_DEMO_POSITION_SCALE = 4.5  # their objects are one to four embedding pixels wide
 
 CONFIGS: dict[str, SamConfig] = {
     "vit_t": SamConfig(),
@@ -134,7 +134,7 @@ CONFIGS: dict[str, SamConfig] = {
     "vit_l": SamConfig(encoder=ViTConfig(embed_dim=1024, depth=24, num_heads=16, global_attn_indexes=(5, 11, 17, 23))),
     "vit_h": SamConfig(encoder=ViTConfig(embed_dim=1280, depth=32, num_heads=16, global_attn_indexes=(7, 15, 23, 31))),
     "demo_teacher": SamConfig(
-        image_size=512,
+        image_size=768,
         encoder=TinyViTConfig(
             embed_dims=(32, 64, 128, 192), depths=(1, 2, 6, 2), num_heads=(1, 2, 4, 6), window_sizes=_DEMO_WINDOWS
         ),
@@ -143,7 +143,7 @@ CONFIGS: dict[str, SamConfig] = {
         position_scale=_DEMO_POSITION_SCALE,
     ),
     "demo_student": SamConfig(
-        image_size=512,
+        image_size=768,
         encoder=TinyViTConfig(
             embed_dims=(24, 48, 96, 128), depths=(1, 1, 4, 2), num_heads=(1, 2, 3, 4), window_sizes=_DEMO_WINDOWS
         ),
