@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -24,12 +24,13 @@ def winding(corners: np.ndarray, x: float, y: float) -> int:
     return turns
 
 
+@example(mask=np.pad(np.zeros((1, 1), bool), ((6, 1), (3, 4)), constant_values=True))
 @settings(deadline=None)
 @given(mask=MASKS)
 def test_a_pixel_is_inside_once_if_it_is_in_the_mask_and_never_else(mask: np.ndarray) -> None:
     corners = outline(mask)
-    # Off the centre by different amounts, so that no line that joins parts runs through the point.
-    found = [[winding(corners, x + 0.5003, y + 0.5007) if len(corners) else 0 for x in range(mask.shape[1])]
+    # Off the centre by amounts of no simple ratio, so that no line that joins two corners runs through the point.
+    found = [[winding(corners, x + 0.50031831, y + 0.50070711) if len(corners) else 0 for x in range(mask.shape[1])]
              for y in range(mask.shape[0])]  # fmt: skip
     np.testing.assert_array_equal(found, mask.astype(int))
     if len(corners):
