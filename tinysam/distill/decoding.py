@@ -100,11 +100,10 @@ def cell_logits(sam: Sam, decoded: Decoded, cells: torch.Tensor) -> torch.Tensor
 
     SAM upscales each cell of an embedding by itself, so these are the values of ``decoded.logits`` there.
     """
-    n, k = cells.shape
     chosen = decoded.image.gather(1, cells[..., None].expand(-1, -1, decoded.image.shape[2]))
     # Cells side by side in a picture of one row, which the convolutions do not mix.
     masks = _masks(sam.mask_decoder, chosen.transpose(1, 2)[:, :, None], decoded.hyper)
-    return cell_pixels(masks).view(n, -1, k, CELL_PIXELS)
+    return cell_pixels(masks)
 
 
 def cell_pixels(masks: torch.Tensor) -> torch.Tensor:

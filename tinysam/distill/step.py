@@ -30,8 +30,6 @@ class SingleMask(NamedTuple):
 
     low_res: torch.Tensor
     """``(N, 1, h, w)`` logits, as a mask prompt takes them."""
-    mask: torch.Tensor
-    """``(N, H, W)`` bool in the targets' frame."""
     iou: torch.Tensor
     """``(N,)`` with the ground truth."""
 
@@ -134,7 +132,7 @@ class DistillationLoss(nn.Module):
                 with torch.no_grad(), autocast:
                     taught = decode(teacher, batch.embedding, teacher_positions, prompts, mask_logits)
             # Drawn here, as a round that is computed again must see the same.
-            drawn = 0 if self.losses.mask_cells is None else size**2
+            drawn = 0 if config.mask_cells is None else size**2
             chances = torch.rand(len(targets), drawn, generator=generator, device=generator.device)
             run = partial(recomputed, self._round) if self.recompute_rounds else self._round
             round_terms, decoded = run(
@@ -146,7 +144,8 @@ class DistillationLoss(nn.Module):
                 difficulty = self._difficulty(decoded, taught, targets, weight)
                 difficulty = difficulty.unflatten(0, batch.weight.shape).nanmean(1)
             if number < len(refinements):
-                points, labels = next_points(targets > 0.5, decoded.mask, self.prompts.policy, generator)
+                found = at_target_stride(decoded.low_res)[:, 0] > 0
+                points, labels = next_points(targets > 0.5, found, self.prompts.policy, generator)
                 prompts = prompts.extended(points + offset, labels)
                 mask_logits = decoded.low_res if refinements[number] else None
 
@@ -201,8 +200,7 @@ class DistillationLoss(nn.Module):
                 hardness = losses.hard_mask_weight(self._single_iou(taught, truth), actual_iou[:, SINGLE_MASK])
             of_output = losses.output_loss(compared.logits, compared.taught, config, compared.weight)
             terms["output"] = mean(hardness * of_output)
-        single = low_res[:, SINGLE_MASK, None].detach()
-        return terms, SingleMask(single, at_target_stride(single)[:, 0] > 0, actual_iou[:, SINGLE_MASK])
+        return terms, SingleMask(low_res[:, SINGLE_MASK, None].detach(), actual_iou[:, SINGLE_MASK])
 
     def _mask_losses(self, compared: Compared, truth: torch.Tensor) -> dict[str, torch.Tensor]:
         """Focal and dice loss, as far as they have a weight, of the single mask and the best of the ambiguous ones:
@@ -218,8 +216,10 @@ class DistillationLoss(nn.Module):
         of_best = compared.logits[torch.arange(len(best), device=best.device), best]
         trained = torch.stack([compared.logits[:, SINGLE_MASK], of_best], 1)
         if compared.weight is None:  # whole masks are resized: a student learns where in its pixels a boundary runs
-            return {name: loss(at_target_stride(trained), truth).sum(1) for name, loss in used.items()}
-        return {name: loss(trained, compared.truth, compared.weight).sum(1) for name, loss in used.items()}
+            trained = at_target_stride(trained)
+        else:
+            truth = compared.truth
+        return {name: loss(trained, truth, compared.weight).sum(1) for name, loss in used.items()}
 
     def _difficulty(
         self, decoded: SingleMask, taught: Decoded | None, targets: torch.Tensor, weight: torch.Tensor

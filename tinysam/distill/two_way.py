@@ -13,10 +13,19 @@ from __future__ import annotations
 
 import torch
 from segment_anything.modeling import TwoWayTransformer
-from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
+from segment_anything.modeling.transformer import Attention
 from torch import Tensor
 
-from tinysam.everything.algebra import absorbed, by_shared, join_heads, output_by_head, scaled, split_heads
+from tinysam.everything.algebra import (
+    absorbed,
+    by_shared,
+    input_by_head,
+    join_heads,
+    output_by_head,
+    scaled,
+    self_attention,
+    split_heads,
+)
 
 
 def two_way(transformer: TwoWayTransformer, image: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,7 +42,7 @@ def two_way(transformer: TwoWayTransformer, image: Tensor, positions: Tensor, to
     queries = tokens
     positions = _for_products(positions)
     for layer in transformer.layers:
-        queries = _self_attention(layer, queries, tokens)
+        queries = self_attention(layer, queries, tokens)
         read = _read(layer.cross_attn_token_to_image, queries + tokens, _for_products(image), positions)
         queries = layer.norm2(queries + read)
         queries = layer.norm3(queries + layer.mlp(queries))
@@ -45,13 +54,6 @@ def two_way(transformer: TwoWayTransformer, image: Tensor, positions: Tensor, to
     return transformer.norm_final_attn(queries + read), image
 
 
-def _self_attention(layer: TwoWayAttentionBlock, queries: Tensor, tokens: Tensor) -> Tensor:
-    if layer.skip_first_layer_pe:
-        return layer.norm1(layer.self_attn(q=queries, k=queries, v=queries))
-    placed = queries + tokens
-    return layer.norm1(queries + layer.self_attn(q=placed, k=placed, v=queries))
-
-
 def _read(attention: Attention, queries: Tensor, image: Tensor, positions: Tensor) -> Tensor:
     """Prompts' tokens ``(N, T, C)`` attend to the image: ``(N, T, C)``."""
     heads = attention.num_heads
@@ -60,7 +62,7 @@ def _read(attention: Attention, queries: Tensor, image: Tensor, positions: Tenso
     weights = _scores(rows, image, positions).softmax(-1)
     averages = _grouped(weights, len(image)) @ image
     averages = averages.reshape(len(rows), heads, -1, averages.shape[-1])
-    values = by_shared(averages, attention.v_proj.weight.unflatten(0, (heads, -1)).transpose(1, 2))
+    values = by_shared(averages, input_by_head(attention.v_proj, heads).transpose(1, 2))
     return attention.out_proj(join_heads(values) + attention.v_proj.bias)
 
 

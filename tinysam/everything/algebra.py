@@ -1,4 +1,5 @@
-"""Attention by head, centring and products that prompts share: the vocabulary of the low-rank decoder.
+"""Attention by head, centring and products that prompts share: the vocabulary of the low-rank decoder
+and of training.
 
 B prompts, H heads of d channels, T tokens a prompt, N image tokens, C channels.
 """
@@ -6,6 +7,7 @@ B prompts, H heads of d channels, T tokens a prompt, N image tokens, C channels.
 from __future__ import annotations
 
 import torch
+from segment_anything.modeling.transformer import TwoWayAttentionBlock
 from torch import Tensor, nn
 
 
@@ -66,3 +68,11 @@ def as_linear(convolution: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
     assert convolution.bias is not None, "SAM's convolutions have a bias"
     weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)
     return weight, convolution.bias.repeat(4)
+
+
+def self_attention(layer: TwoWayAttentionBlock, queries: Tensor, tokens: Tensor) -> Tensor:
+    """The self-attention of a layer of SAM's transformer and the LayerNorm after it, (B, T, C)."""
+    if layer.skip_first_layer_pe:
+        return layer.norm1(layer.self_attn(q=queries, k=queries, v=queries))
+    placed = queries + tokens
+    return layer.norm1(queries + layer.self_attn(q=placed, k=placed, v=queries))

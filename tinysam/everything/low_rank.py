@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import torch
 from segment_anything.modeling import MaskDecoder, Sam
-from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
+from segment_anything.modeling.transformer import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,6 +58,7 @@ from tinysam.everything.algebra import (
     join_heads,
     output_by_head,
     scaled,
+    self_attention,
     split_heads,
 )
 from tinysam.everything.factored import DecodedTokens, SharedImage, Update
@@ -156,13 +157,13 @@ class LowRankDecoder:
         output_tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)
 
-        queries = _self_attention(first, tokens, tokens)
+        queries = self_attention(first, tokens, tokens)
         average = self._read_shared(image, self._query(0, queries + tokens))
         queries = first.norm2(queries + self._out(0, average))
         queries = first.norm3(queries + first.mlp(queries))
         key, value_0 = self._key(0, queries + tokens), self._value(0, queries)
 
-        queries = _self_attention(second, queries, tokens)
+        queries = self_attention(second, queries, tokens)
         average, update = self._write_and_read(image, key, value_0, self._query(1, queries + tokens))
         queries = second.norm2(queries + self._out(1, average, bias=first.norm4.bias))
         queries = second.norm3(queries + second.mlp(queries))
@@ -337,10 +338,3 @@ class LowRankDecoder:
         """Sum over R of columns * (cross + rows rows' columns), (B, N): what an update adds to the tokens' squares."""
         gram = (rows @ rows.transpose(1, 2)).to(self.dtype)
         return (columns * torch.baddbmm(cross, gram, columns)).sum(1, dtype=rows.dtype)
-
-
-def _self_attention(layer: TwoWayAttentionBlock, queries: Tensor, tokens: Tensor) -> Tensor:
-    if layer.skip_first_layer_pe:
-        return layer.norm1(layer.self_attn(q=queries, k=queries, v=queries))
-    placed = queries + tokens
-    return layer.norm1(queries + layer.self_attn(q=placed, k=placed, v=queries))
