@@ -79,8 +79,8 @@ def to_training_masks(
 ) -> list[dict[str, Any]]:
     """Brings masks into the model's frame.
 
-    A mask-frame pixel is set where the mask covers more than half of it, by exact area (``shrink_to_grid``). Masks
-    that set no pixel or have less than ``min_area`` are left out.
+    A mask-frame pixel is set where the mask covers more than half of it, by exact area, and in every other place where
+    it covers half (``shrink_to_grid``). Masks that set no pixel or have less than ``min_area`` are left out.
 
     Args:
         rles: COCO run lengths in the original frame, of one image.

@@ -14,8 +14,10 @@ from tinysam.lake.rle import run_lengths
 def shrink_to_grid(rle: Mapping[str, Any], input_size: tuple[int, int], stride: int) -> tuple[int, int, np.ndarray]:
     """Resizes a mask to the input frame and on to a grid of ``stride`` input pixels.
 
-    A grid pixel is set where more than half of its area is covered; what lies outside the image counts as not
-    covered. All arithmetic is on integers below 2^53, so the result is the same on every machine.
+    A grid pixel is set where more than half of its area is covered; of those of which exactly half is, every other one,
+    as on a chessboard, so that masks neither shrink nor move (a 256-pixel image on a grid of 384 halves every third
+    pixel: left out, they cost nuclei 5 % of their area). What lies outside the image counts as not covered. All
+    arithmetic is on integers below 2^53, so the result is the same on every machine.
 
     Args:
         rle: COCO run lengths in the original frame; not empty.
@@ -39,7 +41,9 @@ def shrink_to_grid(rle: Mapping[str, Any], input_size: tuple[int, int], stride: 
     starts = np.arange(x, x + box_width)[:, None] * (height * input_size[0])
     by_column = np.diff(np.interp(starts + rows, scan, count), axis=1)
     covered = (_overlaps(x, box_width, columns, input_size[1]) @ by_column).T
-    return top, left, covered * 2 > stride * height * stride * width
+    half = stride * height * stride * width / 2
+    every_other = np.add.outer(np.arange(top, top + len(covered)), np.arange(left, left + covered.shape[1])) % 2 == 0
+    return top, left, (covered > half) | ((covered == half) & every_other)
 
 
 def _edges(start: int, length: int, source: int, target: int, stride: int) -> tuple[int, np.ndarray]:

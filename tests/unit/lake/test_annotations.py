@@ -194,9 +194,9 @@ class TestTrainingMasks:
         masks = [encode_rle(disc(64, 64, 32, 32, radius)) for radius in (1.5, 3, 10)]
         kept = to_training_masks(masks, input_size=(64, 64), image_size=64, min_area=20)
         assert [stored["area"] > 20 for stored in kept] == [True, True]
-        thin = np.zeros((64, 64), dtype=bool)
-        thin[5, :] = True
-        assert to_training_masks([encode_rle(thin)], input_size=(64, 64), image_size=64, min_area=0) == []
+        speck = np.zeros((64, 64), dtype=bool)
+        speck[5, 5] = True
+        assert to_training_masks([encode_rle(speck)], input_size=(64, 64), image_size=64, min_area=0) == []
 
     def test_masks_of_all_sizes_are_kept_where_there_are_too_many(self) -> None:
         masks = [encode_rle(disc(64, 64, 32, 32, 3 + 0.25 * i)) for i in range(100)]
