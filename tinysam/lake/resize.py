@@ -41,9 +41,9 @@ def shrink_to_grid(rle: Mapping[str, Any], input_size: tuple[int, int], stride: 
     starts = np.arange(x, x + box_width)[:, None] * (height * input_size[0])
     by_column = np.diff(np.interp(starts + rows, scan, count), axis=1)
     covered = (_overlaps(x, box_width, columns, input_size[1]) @ by_column).T
-    half = stride * height * stride * width / 2
     every_other = np.add.outer(np.arange(top, top + len(covered)), np.arange(left, left + covered.shape[1])) % 2 == 0
-    return top, left, (covered > half) | ((covered == half) & every_other)
+    # Of integers, twice the one plus 1 exceeds the other where it is at least as much.
+    return top, left, covered * 2 + every_other > stride * height * stride * width
 
 
 def _edges(start: int, length: int, source: int, target: int, stride: int) -> tuple[int, np.ndarray]:
