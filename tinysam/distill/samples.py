@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco_mask
+from scipy.ndimage import distance_transform_edt
+from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
 from tinysam.distill.dense import CHANNELS, MIRRORED, OVERTURNED, TRANSPOSED, dense_target
@@ -35,6 +37,9 @@ class SampleConfig:
     """Largest magnification of a crop; needs a cache without embeddings."""
     flip: bool = False
     """Mirror and transpose at random; needs a cache without embeddings."""
+    grow: float = 0.0
+    """Objects and their boxes grow or shrink by up to this share of half their box's shorter side. Annotators draw rims
+    nearer and farther than an edge in the image; this teaches to believe a box, which tells how far (our choice)."""
     color_jitter: float = 0.0
     """Strength of random changes of brightness, contrast, saturation and hue; needs a cache without embeddings."""
 
@@ -43,6 +48,8 @@ class SampleConfig:
             raise ValueError(f"crop_size must be a positive multiple of {EMBEDDING_STRIDE}, got {self.crop_size}")
         if not 0 < self.min_zoom <= self.max_zoom:
             raise ValueError(f"zoom needs 0 < min_zoom <= max_zoom, got {self.min_zoom} and {self.max_zoom}")
+        if not 0 <= self.grow < 1:
+            raise ValueError(f"grow must lie in [0, 1), got {self.grow}")
 
     @property
     def alters_pixels(self) -> bool:
@@ -151,6 +158,10 @@ def make_sample(
     all_boxes = _boxes(masks, window, scale)
     chosen, boxes = _choose_masks(masks, all_boxes.clip(0, crop), prompts, rng)
     targets = _targets(chosen, window, crop)
+    if config.grow > 0:
+        rows, columns = (-(-int(side) // TARGET_STRIDE) for side in content_size)
+        for target, box in zip(targets[:, :rows, :columns], boxes, strict=True):
+            _grow(target, box, config.grow, rng)
     weight = (targets.sum((1, 2)) >= 1).float()
     if len(chosen) < prompts:  # a crop that shows no mask at all
         if embedding_shape is None:
@@ -172,8 +183,8 @@ def make_sample(
         image = _jitter_colors(image, config.color_jitter, rng)
     side = crop // TARGET_STRIDE
     per_pixel = _dense(masks, all_boxes, window, side) if dense else torch.zeros(0, side, side)
-    if config.flip and int(content_size.min()) == crop:
-        image, targets, boxes, per_pixel = _flip(image, targets, boxes, per_pixel, rng)
+    if config.flip:
+        image, targets, boxes, per_pixel, content_size = _flip(image, targets, boxes, per_pixel, content_size, rng)
     origin = torch.tensor([window.x // EMBEDDING_STRIDE, window.y // EMBEDDING_STRIDE])
     if config.alters_pixels:
         # The window's place in the frame means nothing once it is magnified; any place that holds the crop will do.
@@ -245,6 +256,26 @@ def _targets(masks: Sequence[Mapping[str, Any]], window: _Window, crop: int) -> 
     return F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)[0]
 
 
+def _grow(target: torch.Tensor, box: torch.Tensor, share: float, rng: np.random.Generator) -> None:
+    """Moves the rim of a mask, ``(h, w)`` coverages, in place, and its box ``(4,)`` with it."""
+    amount = float(rng.uniform(-share, share) * (box[2:] - box[:2]).min()) / 2 / TARGET_STRIDE
+    margin = int(max(amount, 0)) + 2
+    x0, y0 = (max(int(v / TARGET_STRIDE) - margin, 0) for v in box[:2].tolist())
+    x1, y1 = (int(v / TARGET_STRIDE) + margin + 1 for v in box[2:].tolist())
+    near = target[y0:y1, x0:x1]
+    inside = near.numpy() > 0.5
+    if not inside.any():
+        return
+    # From a pixel's centre to the rim, half a pixel before the nearest centre beyond it.
+    depth = np.where(inside, distance_transform_edt(inside) - 0.5, 0.5 - distance_transform_edt(~inside))
+    moved = torch.from_numpy(np.clip(depth + amount + 0.5, 0, 1).astype(np.float32))
+    if not (moved > 0.5).any():
+        return
+    near.copy_(moved)
+    left, top, right, bottom = masks_to_boxes(moved[None] > 0.5)[0].tolist()
+    box.copy_(torch.tensor([x0 + left, y0 + top, x0 + right + 1, y0 + bottom + 1]) * TARGET_STRIDE)
+
+
 def _dense(masks: Sequence[Mapping[str, Any]], boxes: np.ndarray, window: _Window, size: int) -> torch.Tensor:
     """``(5, size, size)`` target of the auxiliary task, for the masks that the window shows."""
     shown = (boxes[:, 2:] > 0).all(1) & (boxes[:, :2] < size * TARGET_STRIDE).all(1)
@@ -275,21 +306,41 @@ def _jitter_colors(image: torch.Tensor, strength: float, rng: np.random.Generato
 
 
 def _flip(
-    image: torch.Tensor, targets: torch.Tensor, boxes: torch.Tensor, dense: torch.Tensor, rng: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    side = image.shape[-1]
+    image: torch.Tensor,
+    targets: torch.Tensor,
+    boxes: torch.Tensor,
+    dense: torch.Tensor,
+    content_size: torch.Tensor,
+    rng: np.random.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mirrors what is image rather than padding, which stays below and to the right of it."""
+    # In whole pixels of the targets; where the image has half of one, a pixel of padding goes with it.
+    rows, columns = (-(-int(side) // TARGET_STRIDE) for side in content_size)
+    height, width = rows * TARGET_STRIDE, columns * TARGET_STRIDE
     horizontal, vertical, transpose = rng.random(3) < 0.5
     if horizontal:
-        image, targets, dense = image.flip(-1), targets.flip(-1), dense.flip(-1)[MIRRORED[: len(dense)]]
-        boxes = torch.stack([side - boxes[:, 2], boxes[:, 1], side - boxes[:, 0], boxes[:, 3]], 1)
+        image, targets = _mirrored(image, width, -1), _mirrored(targets, columns, -1)
+        dense = _mirrored(dense, columns, -1)[MIRRORED[: len(dense)]]
+        boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+        content_size = content_size.new_tensor([int(content_size[0]), width])
     if vertical:
-        image, targets, dense = image.flip(-2), targets.flip(-2), dense.flip(-2)[OVERTURNED[: len(dense)]]
-        boxes = torch.stack([boxes[:, 0], side - boxes[:, 3], boxes[:, 2], side - boxes[:, 1]], 1)
+        image, targets = _mirrored(image, height, -2), _mirrored(targets, rows, -2)
+        dense = _mirrored(dense, rows, -2)[OVERTURNED[: len(dense)]]
+        boxes = torch.stack([boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]], 1)
+        content_size = content_size.new_tensor([height, int(content_size[1])])
     if transpose:
         image, targets = image.transpose(-1, -2), targets.transpose(-1, -2)
         dense = dense.transpose(-1, -2)[TRANSPOSED[: len(dense)]]
         boxes = boxes[:, [1, 0, 3, 2]]
-    return image.contiguous(), targets.contiguous(), boxes, dense.contiguous()
+        content_size = content_size.flip(0)
+    return image.contiguous(), targets.contiguous(), boxes, dense.contiguous(), content_size
+
+
+def _mirrored(pixels: torch.Tensor, length: int, axis: int) -> torch.Tensor:
+    """Turns round the first ``length`` places of an axis; what follows stays."""
+    kept = pixels.shape[axis] - length
+    first, rest = pixels.split([length, kept], axis)
+    return torch.cat([first.flip(axis), rest], axis)
 
 
 def content_mask(content_size: torch.Tensor, size: int, stride: int) -> torch.Tensor:

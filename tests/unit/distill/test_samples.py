@@ -65,6 +65,7 @@ def bright(image: torch.Tensor) -> torch.Tensor:
     [
         {"crop_size": None},
         {"crop_size": 64},
+        {"crop_size": None, "flip": True, "embedding_shape": None},
         {"crop_size": 64, "flip": True, "embedding_shape": None},
         {"crop_size": 64, "min_zoom": 0.6, "max_zoom": 1.8, "embedding_shape": None},
     ],
@@ -102,6 +103,50 @@ def test_embeddings_are_cropped_with_the_image(rng: np.random.Generator, codec: 
     assert len(origins) > 1
 
 
+@pytest.mark.parametrize("height", [64, 75])
+def test_flips_turn_the_image_and_leave_its_padding_where_it_is(rng: np.random.Generator, height: int) -> None:
+    row = make_row(rng, height=height, width=128)
+    plain = sample(row, rng, embedding_shape=None)
+    shown = set()
+    for _ in range(40):
+        made = sample(row, rng, flip=True, embedding_shape=None)
+        tall = made.content_size.tolist()[1] < 128
+        image = made.image.transpose(1, 2) if tall else made.image
+        rows = -(-height // 2) * 2
+        assert image[:, rows:].max() == 0
+        assert made.content_size.flip(0 if tall else ()).tolist()[0] in (height, rows)
+        views = {
+            (horizontal, vertical): image[:, :rows].flip([*[-1] * horizontal, *[-2] * vertical])
+            for horizontal in (False, True)
+            for vertical in (False, True)
+        }
+        (view,) = [key for key, view in views.items() if torch.equal(view, plain.image[:, :rows])]
+        shown.add((tall, *view))
+    assert len(shown) == 8
+
+
+def test_objects_grow_or_shrink_with_their_boxes_by_a_share_of_their_size(rng: np.random.Generator) -> None:
+    row = make_row(rng, height=76, masks=1)
+    plain = sample(row, rng, prompts=1, embedding_shape=None)
+    share, areas = 0.4, []
+    for _ in range(30):
+        made = sample(row, rng, prompts=1, grow=share, embedding_shape=None)
+        ys, xs = torch.nonzero(made.targets[0] > 0.5, as_tuple=True)
+        tight = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) * 2
+        torch.testing.assert_close(made.boxes[0], tight.float())
+        # Half a pixel of the targets more than what was asked for, as the new box is one of whole pixels.
+        reach = share * (plain.boxes[0, 2:] - plain.boxes[0, :2]).min().item() / 2 + 2
+        inside = made.boxes[0] > 0
+        assert ((made.boxes[0] - plain.boxes[0]).abs()[inside] <= reach).all()
+        assert made.targets[:, 38:].sum() == 0
+        contained = made.targets[0] >= plain.targets[0].round()
+        containing = made.targets[0] <= plain.targets[0].round()
+        assert contained.all() or containing.all()
+        areas.append(made.targets.sum().item())
+    assert min(areas) < plain.targets.sum() < max(areas)
+    assert len(set(areas)) == len(areas)
+
+
 def test_padding_is_told_from_image(rng: np.random.Generator) -> None:
     made = sample(make_row(rng, height=50, width=128), rng)
     assert made.content_size.tolist() == [50, 128]
@@ -133,6 +178,7 @@ def test_targets_are_the_stored_masks_where_nothing_is_magnified(rng: np.random.
     "options",
     [
         {"crop_size": None},
+        {"crop_size": None, "flip": True, "embedding_shape": None},
         {"crop_size": 64, "flip": True, "embedding_shape": None},
         {"crop_size": 64, "min_zoom": 0.6, "max_zoom": 1.8, "flip": True, "embedding_shape": None},
     ],
@@ -160,7 +206,7 @@ def test_of_overlapping_objects_the_smaller_one_counts() -> None:
     assert torch.sinh(target[1, 3, 4]) * 8 == pytest.approx(9)
 
 
-@pytest.mark.parametrize(("option", "value"), [("crop_size", 40), ("crop_size", 0), ("min_zoom", 0.0)])
+@pytest.mark.parametrize(("option", "value"), [("crop_size", 40), ("crop_size", 0), ("min_zoom", 0.0), ("grow", 1.0)])
 def test_impossible_crops_are_refused(option: str, value: float) -> None:
-    with pytest.raises(ValueError, match=r"crop_size|zoom"):
+    with pytest.raises(ValueError, match=r"crop_size|zoom|grow"):
         SampleConfig(**{option: value})  # type: ignore[arg-type]
