@@ -74,9 +74,9 @@ class DistillationLoss(nn.Module):
         recompute_rounds: bool = False,
     ) -> None:
         super().__init__()
-        on_truth = (loss_config.focal, loss_config.dice, loss_config.iou, loss_config.dense)
-        if teacher is None and not any(weight > 0 for weight in on_truth):
-            raise ValueError("without a teacher, a loss against ground truth must be on: focal, dice, iou or dense")
+        on_truth = ("focal", "dice", "cross_entropy", "iou", "dense")
+        if teacher is None and not any(getattr(loss_config, name) > 0 for name in on_truth):
+            raise ValueError(f"without a teacher, a loss against ground truth must be on: {', '.join(on_truth)}")
         self.student = student
         self.teacher = teacher.requires_grad_(False) if teacher is not None else None
         self.losses, self.prompts = loss_config, prompt_config
@@ -203,9 +203,13 @@ class DistillationLoss(nn.Module):
         return terms, SingleMask(low_res[:, SINGLE_MASK, None].detach(), actual_iou[:, SINGLE_MASK])
 
     def _mask_losses(self, compared: Compared, truth: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Focal and dice loss, as far as they have a weight, of the single mask and the best of the ambiguous ones:
-        ``(N,)`` each. ``truth`` is ``(N, 1, H, W)`` in the targets' frame."""
-        found = {"focal": losses.focal_loss, "dice": losses.dice_loss}
+        """The losses of masks that have a weight, of the single mask and the best of the ambiguous ones: ``(N,)`` each.
+        ``truth`` is ``(N, 1, H, W)`` in the targets' frame."""
+        found = {
+            "focal": losses.focal_loss,
+            "dice": losses.dice_loss,
+            "cross_entropy": losses.cross_entropy_loss,
+        }
         used = {name: loss for name, loss in found.items() if getattr(self.losses, name) > 0}
         if not used:
             return {}

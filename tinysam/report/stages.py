@@ -29,8 +29,8 @@ TITLES = {
     "label_images": "Label",
     "evaluate": "Evaluate",
 }
-_LOSS_COLUMNS = ("loss", "embedding", "token", "output", "focal", "dice", "iou")
-_LOSS_NAMES = {"loss": "total", "iou": "IoU"}
+_LOSS_COLUMNS = ("loss", "embedding", "token", "output", "focal", "dice", "cross_entropy", "iou")
+_LOSS_NAMES = {"loss": "total", "cross_entropy": "cross-entropy", "iou": "IoU"}
 _QUANTIZATION = (
     *("bytes_int8_encoder", "bytes_float_encoder", "int8_ms", "engine_fp32_ms", "torch_fp32_ms"),
     *("mask_iou", "mask_iou_90", "layers_int8", "layers"),

@@ -34,6 +34,10 @@ def test_mask_losses_are_their_equations(rng: np.random.Generator, kind: str) ->
     torch.testing.assert_close(
         losses.dice_loss(double(logits), double(targets)), double(1 - (2 * overlap + 1) / (areas + 1))
     )
+    torch.testing.assert_close(
+        losses.cross_entropy_loss(double(logits), double(targets)),
+        double(cross_entropy.sum((2, 3)) / (areas / 2 + 1)),
+    )
 
 
 def test_a_weighted_pixel_counts_as_so_many(rng: np.random.Generator) -> None:
@@ -45,7 +49,7 @@ def test_a_weighted_pixel_counts_as_so_many(rng: np.random.Generator) -> None:
         return double(array.repeat(counts, axis=2))
 
     weight = double(counts[None, None, :, None].astype(float)).expand(3, 1, 6, 1)
-    for loss in (losses.focal_loss, losses.dice_loss):
+    for loss in (losses.focal_loss, losses.dice_loss, losses.cross_entropy_loss):
         torch.testing.assert_close(
             loss(double(logits), double(targets), weight), loss(repeated(logits), repeated(targets))
         )
@@ -129,6 +133,26 @@ def test_hard_mask_weight_is_half_at_parity_and_bounded_below() -> None:
     assert weight[0].item() == pytest.approx(0.5, abs=1e-4)
     assert weight[1].item() == pytest.approx(1 / (1 + math.exp(-8)), abs=1e-4)
     assert weight[2].item() == pytest.approx(1 / (1 + math.e), abs=1e-6)  # 0.269, the least that SCIENCE allows
+
+
+@pytest.mark.parametrize("loss", [losses.dice_loss, losses.cross_entropy_loss])
+def test_cross_entropy_moves_what_is_surely_wrong_and_rests_at_the_coverage_where_dice_does_not(loss: Any) -> None:
+    coverage = torch.zeros(1, 1, 1, 64)
+    coverage[..., :24] = 1
+    coverage[..., 24] = 0.7
+    logits = torch.where(coverage > 0.9, 20.0, -20.0)
+    logits[..., 0] = -20
+    logits[..., 24] = math.log(0.7 / 0.3)
+    logits.requires_grad_()
+    loss(logits, coverage).sum().backward()
+    assert logits.grad is not None
+    wrong, half = logits.grad[0, 0, 0, [0, 24]].tolist()
+    if loss is losses.dice_loss:
+        assert wrong == pytest.approx(0, abs=1e-8)
+        assert half < -1e-3
+    else:
+        assert wrong == pytest.approx(-1 / 25, rel=0.05)
+        assert half == pytest.approx(0, abs=1e-6)
 
 
 def test_dice_is_zero_for_a_perfect_mask_and_one_for_a_disjoint_one() -> None:

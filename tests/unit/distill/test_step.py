@@ -58,7 +58,9 @@ def gradients(sam: Sam) -> dict[str, torch.Tensor]:
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(tiny_sam: Sam, batch: Sample) -> None:
-    config = LossConfig(embedding=2.0, token=0.5, output=0.25, focal=3.0, dice=1.5, iou=0.1, dense=0.7)
+    config = LossConfig(
+        embedding=2.0, token=0.5, output=0.25, focal=3.0, dice=1.5, cross_entropy=0.3, iou=0.1, dense=0.7
+    )
     loss, terms, _ = forward(copy.deepcopy(tiny_sam), copy.deepcopy(tiny_sam), batch, config)
     assert set(terms) == set(TERMS)
     expected = sum(getattr(config, name) * value for name, value in terms.items())
@@ -119,7 +121,7 @@ def test_a_round_is_the_papers_equation_to_its_gradient(tiny_sam: Sam, batch: Sa
 
 @pytest.mark.parametrize("term", TERMS)
 def test_a_term_of_weight_zero_is_not_computed(tiny_sam: Sam, batch: Sample, term: str) -> None:
-    config = LossConfig(**{"dense": 1.0, term: 0.0})
+    config = LossConfig(**{"dense": 1.0, "cross_entropy": 1.0, term: 0.0})
     _, terms, _ = forward(copy.deepcopy(tiny_sam), copy.deepcopy(tiny_sam), batch, config)
     assert set(terms) == set(TERMS) - {term}
 
