@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from segment_anything.modeling import Sam
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -49,6 +50,9 @@ class TrainerConfig:
     """Of initial weights, order, crops and prompts."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Arithmetic of the networks; losses and optimizer are float32 in any case."""
+    freeze_norm: float = 0.0
+    """Last share of the steps in which BatchNorm normalises with the statistics that it has, as it will when the
+    student is used, instead of the batch's: those of a few images of one kind are not those of all (our choice)."""
     recompute: Literal["nothing", "decoder", "all"] = "nothing"
     """Activations that are computed again in the backward pass instead of kept: those of each round of prompts, which
     grow with rounds and prompts, or those of each block of the image encoder as well."""
@@ -66,6 +70,8 @@ class TrainerConfig:
         for name in ("loader_processes", "log_every_s", "checkpoint_every_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.freeze_norm <= 1:
+            raise ValueError(f"freeze_norm must lie in [0, 1], got {self.freeze_norm}")
 
     def decisive(self) -> dict[str, Any]:
         """The options that decide about the student: all but those that change memory and reports alone."""
@@ -134,6 +140,7 @@ class Trainer:
         self._loss: nn.Module = DistributedDataParallel(loss, find_unused_parameters=True) if world_size > 1 else loss
         trained = nn.ModuleList([student] if loss.dense_head is None else [student, loss.dense_head])
         self._trained = list(trained.parameters())
+        self._norms = [module for module in student.modules() if isinstance(module, _BatchNorm)]
         groups = parameter_groups(trained, optimizer.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=optimizer.learning_rate, fused=True)
         self._autocast = torch.autocast(device, torch.bfloat16, enabled=trainer.precision == "bf16")
@@ -219,7 +226,11 @@ class Trainer:
             yield group, _Batches(batches, common, seeded_generator((*seed, self._rank), self._device))
 
     def _step(self, batches: _Batches, log: _Log) -> None:
-        rate = learning_rate(self._total - self._left, self._total, self._optimizer_config)
+        done = self._total - self._left
+        if done >= (1 - self.config.freeze_norm) * self._total:
+            for layer in self._norms:
+                layer.eval()
+        rate = learning_rate(done, self._total, self._optimizer_config)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.zero_grad(set_to_none=True)

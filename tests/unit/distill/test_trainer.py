@@ -93,6 +93,29 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(
     torch.testing.assert_close(weights(resumed.averaged_student), weights(undisturbed.averaged_student))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_batchnorm_keeps_its_statistics_in_the_last_share_of_steps(
+    make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path, share: float
+) -> None:
+    cache = open_cache([make_cache("c", embeddings=False)])
+    student = copy.deepcopy(tiny_sam)
+
+    def statistics() -> torch.Tensor:
+        return torch.cat([value.flatten() for name, value in student.named_buffers() if name.endswith("running_mean")])
+
+    seen, steps = [statistics()], []
+
+    def look(line: dict[str, float]) -> None:
+        seen.append(statistics())
+        steps.append(line["step"] / line["total_steps"])
+
+    config = replace(CONFIG, freeze_norm=share)
+    make_trainer(student, cache, tmp_path, config=config, on_log=look).run()
+    assert len(steps) > 4
+    for (before, after), done in zip(itertools.pairwise(seen), steps, strict=True):
+        assert torch.equal(before, after) == (done > 1 - share)
+
+
 def test_a_nan_everywhere_blames_the_training_and_not_an_image(
     make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path
 ) -> None:
