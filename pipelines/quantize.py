@@ -317,7 +317,8 @@ def print_summary(config: QuantizeConfig, draw: Draw, result: Result) -> None:
     console.print(table)
     if not report.vnni:
         error_console.print(
-            "this processor has no VNNI, so the times say little about one that has, and the float model may be faster",
+            "this processor has no VNNI, so products are computed more slowly for exact sums, or in float: the times "
+            "say little about a processor that has it, and the float model may be faster",
             highlight=False,
         )
     if report.mask_iou < LOW_MASK_IOU:

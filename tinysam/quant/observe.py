@@ -13,6 +13,7 @@ import onnx
 import onnxruntime as ort
 
 from tinysam.quant.graph import INPUT
+from tinysam.runtime.onnxruntime_engine import session_options
 
 T = TypeVar("T")
 
@@ -142,10 +143,9 @@ def session_with_outputs(model: onnx.ModelProto, tensors: Iterable[str], num_thr
     extended.graph.output.extend(
         known[name] for name in dict.fromkeys(tensors) if name != INPUT and name not in outputs
     )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = num_threads
-    options.log_severity_level = 3
-    return ort.InferenceSession(extended.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        extended.SerializeToString(), session_options(num_threads), providers=["CPUExecutionProvider"]
+    )
 
 
 def run_outputs(session: ort.InferenceSession, tensors: Sequence[str], image: np.ndarray) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ import numpy as np
 import openvino as ov
 
 from tinysam.runtime.engine import Engine, EngineConfig, EngineError, EngineName, ExecutedLayer
+from tinysam.runtime.processor import has_vnni
 
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
@@ -30,13 +31,17 @@ class OpenVinoEngine(Engine):
             raise EngineError("OpenVINO has no bf16 on this CPU; use precision auto or fp32")
         self.precision = ("bf16" if has_bf16 else "fp32") if config.precision == "auto" else config.precision
         self.num_threads = config.resolved_threads()
-        properties = {
+        properties: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": _HINTS[self.precision],
             "INFERENCE_NUM_THREADS": self.num_threads,
             "PERFORMANCE_HINT": "LATENCY",
             # Pinned threads of several workers on one machine would all sit on its first cores.
             "ENABLE_CPU_PINNING": False,
         }
+        if not has_vnni():
+            # Sums of two products would be cut off at 16 bits (an embedding was wrong by a quarter), so the rounded
+            # values are multiplied in float. Not among the documented properties.
+            properties["LP_TRANSFORMS_MODE"] = "NO"
         try:
             self._compiled = core.compile_model(core.read_model(model), "CPU", properties)
         except RuntimeError as error:

@@ -19,6 +19,7 @@ from tinysam.runtime import (
     open_engine,
 )
 from tinysam.runtime import openvino_engine as openvino_module
+from tinysam.runtime import processor
 
 SIZE, CHANNELS = 32, 8
 
@@ -150,6 +151,15 @@ def test_openvino_says_that_a_quantized_convolution_ran_on_integers(
     assert [layer.is_integer for layer in quantized if layer.kind == "Convolution"] == [True]
     plain = open_engine(conv_graph, config("openvino")).executed_layers()
     assert [layer.precision for layer in plain if layer.kind == "Convolution"] == ["f32"]
+
+
+def test_openvino_multiplies_rounded_values_in_float_where_integers_would_overflow(
+    quantized_conv_graph: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text("flags\t: fpu avx2\n")
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    layers = open_engine(quantized_conv_graph, config("openvino")).executed_layers()
+    assert [layer.is_integer for layer in layers if layer.kind == "Convolution"] == [False]
 
 
 def test_onnxruntime_says_what_it_executes(conv_graph: bytes) -> None:
