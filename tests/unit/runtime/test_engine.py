@@ -17,9 +17,9 @@ from tinysam.runtime import (
     ExecutedLayer,
     count_precisions,
     open_engine,
+    processor,
 )
 from tinysam.runtime import openvino_engine as openvino_module
-from tinysam.runtime import processor
 
 SIZE, CHANNELS = 32, 8
 
