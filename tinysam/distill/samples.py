@@ -159,7 +159,7 @@ def make_sample(
     chosen, boxes = _choose_masks(masks, all_boxes.clip(0, crop), prompts, rng)
     targets = _targets(chosen, window, crop)
     if config.grow > 0:
-        rows, columns = (-(-int(side) // TARGET_STRIDE) for side in content_size)
+        rows, columns = _shown(content_size)
         for target, box in zip(targets[:, :rows, :columns], boxes, strict=True):
             _grow(target, box, config.grow, rng)
     weight = (targets.sum((1, 2)) >= 1).float()
@@ -256,6 +256,12 @@ def _targets(masks: Sequence[Mapping[str, Any]], window: _Window, crop: int) -> 
     return F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)[0]
 
 
+def _shown(content_size: torch.Tensor) -> tuple[int, int]:
+    """Rows and columns of the targets that show any of the image."""
+    height, width = content_size.tolist()
+    return -(-height // TARGET_STRIDE), -(-width // TARGET_STRIDE)
+
+
 def _grow(target: torch.Tensor, box: torch.Tensor, share: float, rng: np.random.Generator) -> None:
     """Moves the rim of a mask, ``(h, w)`` coverages, in place, and its box ``(4,)`` with it."""
     amount = float(rng.uniform(-share, share) * (box[2:] - box[:2]).min()) / 2 / TARGET_STRIDE
@@ -315,19 +321,20 @@ def _flip(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mirrors what is image rather than padding, which stays below and to the right of it."""
     # In whole pixels of the targets; where the image has half of one, a pixel of padding goes with it.
-    rows, columns = (-(-int(side) // TARGET_STRIDE) for side in content_size)
+    rows, columns = _shown(content_size)
     height, width = rows * TARGET_STRIDE, columns * TARGET_STRIDE
+    content_size = content_size.clone()
     horizontal, vertical, transpose = rng.random(3) < 0.5
     if horizontal:
         image, targets = _mirrored(image, width, -1), _mirrored(targets, columns, -1)
         dense = _mirrored(dense, columns, -1)[MIRRORED[: len(dense)]]
         boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
-        content_size = content_size.new_tensor([int(content_size[0]), width])
+        content_size[1] = width
     if vertical:
         image, targets = _mirrored(image, height, -2), _mirrored(targets, rows, -2)
         dense = _mirrored(dense, rows, -2)[OVERTURNED[: len(dense)]]
         boxes = torch.stack([boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]], 1)
-        content_size = content_size.new_tensor([height, int(content_size[1])])
+        content_size[0] = height
     if transpose:
         image, targets = image.transpose(-1, -2), targets.transpose(-1, -2)
         dense = dense.transpose(-1, -2)[TRANSPOSED[: len(dense)]]
