@@ -140,7 +140,7 @@ def measure(config: CodecBenchmark) -> list[dict[str, Any]]:
         with torch.inference_mode():
             exact = sam.image_encoder(preprocess(sam, sample.image, sample.content_size))
         keep = sample.weight.flatten() > 0
-        targets = sample.targets.flatten(0, 1)[keep, None]
+        targets = sample.targets.flatten(0, 1)[keep, None].float()
         expected = {kind: logits[keep] for kind, logits in masks(sam, sample, exact).items()}
         for name, encode in CODECS.items():
             data, read = encode(exact[0].numpy(force=True))

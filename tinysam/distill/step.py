@@ -121,7 +121,7 @@ class DistillationLoss(nn.Module):
             teacher_positions = dense_positions(teacher, batch.origin, size)
             with autocast:
                 batch = add_teacher_masks(teacher, batch, teacher_positions, self.teacher_masks, generator)
-        targets, boxes, weight = batch.targets.flatten(0, 1), batch.boxes.flatten(0, 1), batch.weight.flatten()
+        targets, boxes, weight = batch.targets.flatten(0, 1).float(), batch.boxes.flatten(0, 1), batch.weight.flatten()
         # Boxes and clicks live in the model's frame, of which the batch shows crops.
         offset = (batch.origin * EMBEDDING_STRIDE).float().repeat_interleave(batch.targets.shape[1], 0)
         prompts = shifted(first_prompts(targets, boxes, self.prompts, generator), offset)

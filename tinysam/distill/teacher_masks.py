@@ -70,7 +70,7 @@ def add_teacher_masks(
         & (stability(logits) >= config.stability_score_thresh)
     )
     targets, boxes, weight = batch.targets.clone(), batch.boxes.clone(), batch.weight.clone()
-    targets[rows] = (masks & good[:, None, None]).float().unflatten(0, (-1, places))
+    targets[rows] = (masks & good[:, None, None]).to(targets.dtype).unflatten(0, (-1, places))
     boxes[rows] = (mask_boxes(masks) * good[:, None]).unflatten(0, (-1, places))
     weight[rows] = good.float().unflatten(0, (-1, places))
     return replace(batch, targets=targets, boxes=boxes, weight=weight)

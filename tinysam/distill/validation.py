@@ -75,7 +75,7 @@ def validate(student: Sam, batches: Iterable[Sample], autocast: torch.autocast) 
         embeddings = embeddings.float()
         positions = dense_positions(student, batch.origin, embeddings.shape[-1])
         keep = batch.weight.flatten() > 0
-        targets = batch.targets.flatten(0, 1)
+        targets = batch.targets.flatten(0, 1).float()
         offset = (batch.origin * EMBEDDING_STRIDE).float().repeat_interleave(batch.targets.shape[1], 0)
         found = _ious(student, embeddings, positions, targets, batch.boxes.flatten(0, 1), offset, autocast)
         for name, values in found.items():
