@@ -7,6 +7,7 @@ import torch
 from segment_anything.modeling import Sam
 
 import tinysam
+from tests.integer_cpus import needs_vnni
 from tinysam import CheckpointError, SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from tinysam.modeling.checkpoint import checkpoint_bytes, with_image_size
 from tinysam.quant import QuantizationConfig, QuantizedEncoder, load_quantized, quantize_encoder, save_quantized
@@ -14,11 +15,6 @@ from tinysam.quant.folder import CALIBRATION_FILE, CONFIG_FILE, DECODER_FILE, EN
 from tinysam.runtime import EngineConfig, EngineImageEncoder
 
 ONE_THREAD = EngineConfig(num_threads=1)
-
-
-def cpu_has(*flags: str) -> bool:
-    path = Path("/proc/cpuinfo")
-    return path.exists() and any(flag in path.read_text() for flag in flags)
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +91,7 @@ def test_tinysam_load_takes_the_folder(saved: Path) -> None:
     assert isinstance(sam.image_encoder, EngineImageEncoder)
 
 
-@pytest.mark.skipif(
-    not cpu_has("avx512_vnni", "avx_vnni"), reason="this CPU has no VNNI, so int8 layers may run in float"
-)
+@needs_vnni
 def test_every_convolution_and_linear_layer_runs_on_integers(loaded: Sam, quantized: QuantizedEncoder) -> None:
     executed = loaded.image_encoder.engine.executed_layers()
     for kind, name in (("conv", "Convolution"), ("linear", "FullyConnected")):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from segment_anything.modeling import Sam
 
+from tests.integer_cpus import needs_vnni
 from tinysam.quant import QuantizationConfig, QuantizedEncoder, quantize_encoder
 from tinysam.quant.calibrate import CalibrationConfig
 from tinysam.quant.engine_form import engine_form
@@ -237,12 +237,7 @@ def test_the_graph_has_the_searched_scales(
             np.testing.assert_allclose(layer.weight_scales, found.weight_bounds() / 127, rtol=1e-5)
 
 
-@pytest.mark.skipif(
-    not any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_vnni", "avx_vnni"))
-    if Path("/proc/cpuinfo").exists()
-    else True,
-    reason="this CPU has no VNNI, so int8 layers may run in float",
-)
+@needs_vnni
 def test_openvino_runs_every_layer_with_a_weight_on_integers(searched: QuantizedEncoder) -> None:
     executed = open_engine(
         searched.model.SerializeToString(), EngineConfig(engine="openvino", num_threads=1, precision="fp32")

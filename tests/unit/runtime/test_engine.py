@@ -10,6 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from tests.integer_cpus import needs_vnni
 from tinysam.runtime import (
     EngineConfig,
     EngineError,
@@ -22,16 +23,6 @@ from tinysam.runtime import (
 from tinysam.runtime import openvino_engine as openvino_module
 
 SIZE, CHANNELS = 32, 8
-
-
-def cpu_has(*flags: str) -> bool:
-    path = Path("/proc/cpuinfo")
-    return path.exists() and any(flag in path.read_text() for flag in flags)
-
-
-needs_vnni = pytest.mark.skipif(
-    not cpu_has("avx512_vnni", "avx_vnni"), reason="this CPU has no VNNI, so int8 layers may run in float"
-)
 
 
 @pytest.fixture
