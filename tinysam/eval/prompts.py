@@ -10,6 +10,7 @@ import torch
 from segment_anything.modeling import Sam
 
 from tinysam.eval.masks import Rle, at_original_size, to_rles
+from tinysam.everything.decoders import ImageDecoders
 from tinysam.everything.decoding import EncodedImage
 from tinysam.predictor import ResizeLongestSide
 
@@ -57,6 +58,10 @@ def decode_prompts(
     if boxes is not None:
         box_prompt = torch.as_tensor(transform.apply_boxes(boxes, image.size), dtype=torch.float, device=device)
     sparse, dense = sam.prompt_encoder(points=point_prompt, boxes=box_prompt, masks=mask_input)
+    if mask_input is None:  # prompts of one image that share all but their few tokens
+        decoder = ImageDecoders(sam).low_rank_of(image.embedding, prompts=len(sparse), tokens=sparse.shape[1])
+        if decoder is not None:
+            return decoder.decode_all(sparse)
     return sam.mask_decoder.predict_masks(
         image_embeddings=image.embedding,
         image_pe=sam.prompt_encoder.get_dense_pe(),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinysam.everything.config import Precision
 from tinysam.everything.flops import DecoderShape, low_rank_pays
-from tinysam.everything.low_rank import LowRankDecoder, is_supported
+from tinysam.everything.low_rank import ALL_MASKS, MULTIMASK, LowRankDecoder, is_supported
 from tinysam.everything.tiled_decoder import TiledDecoder, multiplies_bfloat16
 
 CPU_DECODED_TOGETHER = 64
@@ -36,13 +36,12 @@ class DecodedPrompts(NamedTuple):
 class PromptDecoder(Protocol):
     """Decodes point and box prompts of one image."""
 
-    def decode(self, sparse: Tensor, min_iou: float, multimask_output: bool = True) -> DecodedPrompts:
-        """Decodes prompts and drops masks whose predicted IoU is not above ``min_iou``.
+    def decode(self, sparse: Tensor, min_iou: float) -> DecodedPrompts:
+        """Makes SAM's three masks of each prompt and drops those whose predicted IoU is not above ``min_iou``.
 
         Args:
             sparse: (B, T, C) tokens of the prompt encoder.
             min_iou: -inf keeps all.
-            multimask_output: SAM's three masks rather than its single one.
 
         Raises:
             FloatingPointError: a predicted IoU or a logit is not finite, as happens with damaged weights.
@@ -58,14 +57,14 @@ class PlainDecoder:
         self.position = sam.prompt_encoder.get_dense_pe()
 
     @torch.no_grad()
-    def decode(self, sparse: Tensor, min_iou: float, multimask_output: bool = True) -> DecodedPrompts:
+    def decode(self, sparse: Tensor, min_iou: float) -> DecodedPrompts:
         no_mask = self.sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         logits, predicted_iou = self.sam.mask_decoder(
             image_embeddings=self.embedding,
             image_pe=self.position,
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=no_mask.expand(len(sparse), -1, *self.position.shape[2:]),
-            multimask_output=multimask_output,
+            multimask_output=True,
         )
         kept = _above(predicted_iou, min_iou)
         return DecodedPrompts(predicted_iou, kept, _finite(logits[kept], "the mask logits"))
@@ -80,13 +79,21 @@ class LowRankImageDecoder:
         self.on_cpu = embedding.device.type == "cpu"
 
     @torch.no_grad()
-    def decode(self, sparse: Tensor, min_iou: float, multimask_output: bool = True) -> DecodedPrompts:
+    def decode(self, sparse: Tensor, min_iou: float) -> DecodedPrompts:
         chunks = sparse.split(CPU_DECODED_TOGETHER) if self.on_cpu and len(sparse) else [sparse]
-        parts = [self._decode_chunk(chunk, min_iou, multimask_output) for chunk in chunks]
+        parts = [self._decode_chunk(chunk, min_iou, MULTIMASK) for chunk in chunks]
         return parts[0] if len(parts) == 1 else DecodedPrompts(*map(torch.cat, zip(*parts, strict=True)))
 
-    def _decode_chunk(self, sparse: Tensor, min_iou: float, multimask_output: bool) -> DecodedPrompts:
-        decoded = self.decoder.decode(self.image, sparse, multimask_output)
+    @torch.no_grad()
+    def decode_all(self, sparse: Tensor) -> tuple[Tensor, Tensor]:
+        """All of a prompt's masks, the single one first: logits (B, 4, S, S) and predicted IoUs (B, 4)."""
+        chunks = sparse.split(CPU_DECODED_TOGETHER)
+        parts = [self._decode_chunk(chunk, -torch.inf, masks=ALL_MASKS) for chunk in chunks]
+        predicted_iou = torch.cat([part.predicted_iou for part in parts])
+        return torch.cat([part.logits for part in parts]).unflatten(0, predicted_iou.shape), predicted_iou
+
+    def _decode_chunk(self, sparse: Tensor, min_iou: float, masks: slice) -> DecodedPrompts:
+        decoded = self.decoder.decode(self.image, sparse, masks)
         kept = _above(decoded.predicted_iou, min_iou)
         prompts = kept.any(1).nonzero()[:, 0]
         logits = self.decoder.upscale(self.image, decoded, prompts)[kept[prompts]]
@@ -108,7 +115,11 @@ class ImageDecoders:
         self._low_rank: LowRankDecoder | None = None
 
     def of(self, embedding: Tensor, prompts: int, tokens: int) -> PromptDecoder:
-        """The cheaper decoder of an image.
+        """The cheaper decoder of an image; arguments as for ``low_rank_of``."""
+        return self.low_rank_of(embedding, prompts, tokens) or PlainDecoder(self.sam, embedding)
+
+    def low_rank_of(self, embedding: Tensor, prompts: int, tokens: int) -> LowRankImageDecoder | None:
+        """The low-rank decoder of an image; None where SAM's own is cheaper, or not SAM's as it is known.
 
         Args:
             embedding: (1, C, h, w).
@@ -117,10 +128,10 @@ class ImageDecoders:
         """
         decoder = self.sam.mask_decoder
         if not is_supported(decoder):
-            return PlainDecoder(self.sam, embedding)
+            return None
         all_tokens = 1 + decoder.num_mask_tokens + tokens
         if not low_rank_pays(DecoderShape.of(self.sam), prompts, all_tokens):
-            return PlainDecoder(self.sam, embedding)
+            return None
         if self._low_rank is None:
             tiled = embedding.device.type == "cpu" and embedding.dtype == torch.float32
             self._low_rank = TiledDecoder(self.sam, self.dtype) if tiled else LowRankDecoder(self.sam, self.dtype)

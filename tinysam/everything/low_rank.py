@@ -63,6 +63,9 @@ from tinysam.everything.algebra import (
 )
 from tinysam.everything.factored import DecodedTokens, SharedImage, Update
 
+MULTIMASK, ALL_MASKS = slice(1, None), slice(None)
+"""Which of the decoder's masks: those of SAM's ``multimask_output=True``; the single mask and these."""
+
 
 def is_supported(decoder: nn.Module) -> bool:
     """Whether ``decoder`` is SAM's, with its transformer of two layers."""
@@ -145,12 +148,12 @@ class LowRankDecoder:
         )
 
     @torch.no_grad()
-    def decode(self, image: SharedImage, sparse: Tensor, multimask_output: bool = True) -> DecodedTokens:
+    def decode(self, image: SharedImage, sparse: Tensor, masks: slice = MULTIMASK) -> DecodedTokens:
         """Decodes B prompts as far as their predicted IoU.
 
         Args:
             sparse: (B, T - 5, C), the prompt encoder's tokens.
-            multimask_output: for SAM's three masks rather than its single one.
+            masks: which of the decoder's four to make, the single mask and three ambiguous ones.
         """
         decoder, transformer = self.decoder, self.decoder.transformer
         first, second = transformer.layers
@@ -170,7 +173,7 @@ class LowRankDecoder:
         key, value_1 = self._key(1, queries + tokens), self._value(1, queries)
 
         # Tokens of the prompt and of masks not asked for end here: nothing reads what they would learn.
-        chosen = range(1, decoder.num_mask_tokens) if multimask_output else range(1)
+        chosen = range(decoder.num_mask_tokens)[masks]
         read = [0, *(1 + i for i in chosen)]
         queries = queries[:, read]
         query = self._query(2, queries + tokens[:, read])
@@ -180,7 +183,7 @@ class LowRankDecoder:
 
         networks = [decoder.output_hypernetworks_mlps[i] for i in chosen]
         hyper = torch.stack([mlp(query) for mlp, query in zip(networks, mask_queries, strict=True)], dim=1)
-        predicted_iou = decoder.iou_prediction_head(iou_query)[:, chosen.start : chosen.stop]
+        predicted_iou = decoder.iou_prediction_head(iou_query)[:, masks]
         return DecodedTokens(predicted_iou, hyper, update)
 
     @torch.no_grad()

@@ -28,24 +28,37 @@ def embedding_for(sam: Sam) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(4))
 
 
-@pytest.mark.parametrize("multimask_output", [True, False])
 @pytest.mark.parametrize("quantile", [None, 0.6, 1.0])
-def test_both_decoders_keep_the_same_masks(
-    build_decoder: BuildSam, quantile: float | None, multimask_output: bool
-) -> None:
+def test_both_decoders_keep_the_same_masks(build_decoder: BuildSam, quantile: float | None) -> None:
     sam = build_decoder()
     sparse, embedding = points(sam, 11), embedding_for(sam)
     plain = PlainDecoder(sam, embedding)
     low_rank = LowRankImageDecoder(LowRankDecoder(sam), embedding)
-    everything = plain.decode(sparse, -torch.inf, multimask_output)
+    everything = plain.decode(sparse, -torch.inf)
     assert everything.kept.all()
     min_iou = -torch.inf if quantile is None else float(everything.predicted_iou.quantile(quantile))
-    a, b = (decoder.decode(sparse, min_iou + 1e-4, multimask_output) for decoder in (plain, low_rank))
+    a, b = (decoder.decode(sparse, min_iou + 1e-4) for decoder in (plain, low_rank))
     torch.testing.assert_close(a.kept, b.kept)
     torch.testing.assert_close(a.predicted_iou, b.predicted_iou, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(a.logits, b.logits, rtol=1e-4, atol=1e-4)
     assert len(a.logits) == a.kept.sum()
     assert a.kept.any() == (quantile != 1.0)
+
+
+@pytest.mark.parametrize("prompts", [1, 5])
+def test_all_masks_are_those_of_sams_decoder(
+    build_decoder: BuildSam, prompts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoders, "CPU_DECODED_TOGETHER", 2)
+    sam = build_decoder()
+    sparse, embedding = points(sam, prompts), embedding_for(sam)
+    no_mask = sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+    dense = no_mask.expand(prompts, *embedding.shape[1:])
+    logits, iou = sam.mask_decoder.predict_masks(embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense)
+    our_logits, our_iou = LowRankImageDecoder(LowRankDecoder(sam), embedding).decode_all(sparse)
+    assert our_logits.shape[:2] == (prompts, 4)
+    torch.testing.assert_close(our_logits, logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(our_iou, iou, rtol=1e-5, atol=1e-5)
 
 
 def test_only_prompts_that_keep_a_mask_are_upscaled(build_decoder: BuildSam, monkeypatch: pytest.MonkeyPatch) -> None:

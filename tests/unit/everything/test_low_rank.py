@@ -9,7 +9,7 @@ from segment_anything.modeling import Sam, TwoWayTransformer
 from torch import Tensor, nn
 
 from tinysam.everything import amx
-from tinysam.everything.low_rank import LowRankDecoder, is_supported
+from tinysam.everything.low_rank import ALL_MASKS, MULTIMASK, LowRankDecoder, is_supported
 from tinysam.everything.tile_operands import Bfloat16Operands, Float32Operands
 from tinysam.everything.tiled_decoder import TILE, TiledDecoder
 
@@ -53,22 +53,22 @@ def in_double(sam: Sam) -> Sam:
     return sam
 
 
-def reference(sam: Sam, embedding: Tensor, sparse: Tensor, multimask_output: bool) -> tuple[Tensor, Tensor]:
+def reference(sam: Sam, embedding: Tensor, sparse: Tensor, chosen: slice) -> tuple[Tensor, Tensor]:
     no_mask = sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-    return sam.mask_decoder(
+    masks, iou = sam.mask_decoder.predict_masks(
         image_embeddings=embedding,
         image_pe=sam.prompt_encoder.get_dense_pe().to(embedding.dtype),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=no_mask.expand(len(sparse), *embedding.shape[1:]),
-        multimask_output=multimask_output,
     )
+    return masks[:, chosen], iou[:, chosen]
 
 
 def by_low_rank(
-    decoder: LowRankDecoder, embedding: Tensor, sparse: Tensor, multimask_output: bool = True
+    decoder: LowRankDecoder, embedding: Tensor, sparse: Tensor, chosen: slice = MULTIMASK
 ) -> tuple[Tensor, Tensor]:
     image = decoder.share(embedding)
-    decoded = decoder.decode(image, sparse, multimask_output)
+    decoded = decoder.decode(image, sparse, chosen)
     return decoder.upscale(image, decoded, torch.arange(len(sparse))), decoded.predicted_iou
 
 
@@ -76,32 +76,32 @@ def relative_error(masks: Tensor, exact: Tensor) -> float:
     return float((masks - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("multimask_output", [True, False])
+@pytest.mark.parametrize("chosen", [MULTIMASK, slice(1), ALL_MASKS])
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_sams_decoder_in_exact_arithmetic(
-    build_decoder: Callable[..., Sam], shape: dict, prompt: str, multimask_output: bool
+    build_decoder: Callable[..., Sam], shape: dict, prompt: str, chosen: slice
 ) -> None:
     sam = build_decoder(**shape)
     sparse, embedding = prompt_tokens(sam, prompt).double(), embedding_for(sam).double()
     exact = in_double(sam)
-    masks, iou = reference(exact, embedding, sparse, multimask_output)
-    our_masks, our_iou = by_low_rank(LowRankDecoder(exact), embedding, sparse, multimask_output)
+    masks, iou = reference(exact, embedding, sparse, chosen)
+    our_masks, our_iou = by_low_rank(LowRankDecoder(exact), embedding, sparse, chosen)
     assert masks.std(0).mean() > 0.02 * masks.std(), "masks must depend on the prompt"
     torch.testing.assert_close(our_masks, masks, rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(our_iou, iou, rtol=1e-10, atol=1e-11)
 
 
-@pytest.mark.parametrize("multimask_output", [True, False])
+@pytest.mark.parametrize("chosen", [MULTIMASK, slice(1), ALL_MASKS])
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("shape", [*SHAPES, {"grid": (TILE // 8, 9)}], ids=str)
 def test_tiles_of_any_number_round_no_worse_than_sams_decoder(
-    build_decoder: Callable[..., Sam], shape: dict, prompt: str, multimask_output: bool
+    build_decoder: Callable[..., Sam], shape: dict, prompt: str, chosen: slice
 ) -> None:
     sam = build_decoder(**shape)
     sparse, embedding = prompt_tokens(sam, prompt), embedding_for(sam)
-    exact, exact_iou = reference(in_double(sam), embedding.double(), sparse.double(), multimask_output)
-    masks, iou = by_low_rank(TiledDecoder(sam), embedding, sparse, multimask_output)
+    exact, exact_iou = reference(in_double(sam), embedding.double(), sparse.double(), chosen)
+    masks, iou = by_low_rank(TiledDecoder(sam), embedding, sparse, chosen)
     assert masks.dtype == iou.dtype == torch.float32
     assert relative_error(masks, exact) < 5e-6
     torch.testing.assert_close(iou.double(), exact_iou, rtol=1e-5, atol=1e-5)
@@ -114,16 +114,16 @@ def test_rounds_no_worse_than_sams_decoder_in_float32(
 ) -> None:
     sam = build_decoder(channels=128, grid=(16, 16))
     sparse, embedding = prompt_tokens(sam, prompt), embedding_for(sam)
-    exact, _ = reference(in_double(sam), embedding.double(), sparse.double(), True)
+    exact, _ = reference(in_double(sam), embedding.double(), sparse.double(), MULTIMASK)
     ours = relative_error(by_low_rank(build(sam), embedding, sparse)[0], exact)
     assert ours < 1e-5
-    assert ours < 1.5 * relative_error(reference(sam, embedding, sparse, True)[0], exact)
+    assert ours < 1.5 * relative_error(reference(sam, embedding, sparse, MULTIMASK)[0], exact)
 
 
 def test_bfloat16_products_keep_two_digits(build_decoder: Callable[..., Sam]) -> None:
     sam = build_decoder(channels=64, grid=(8, 8))
     sparse, embedding = prompt_tokens(sam, "point"), embedding_for(sam)
-    masks, iou = reference(sam, embedding, sparse, True)
+    masks, iou = reference(sam, embedding, sparse, MULTIMASK)
     our_masks, our_iou = by_low_rank(LowRankDecoder(sam, torch.bfloat16), embedding, sparse)
     assert our_masks.dtype == our_iou.dtype == torch.float32
     assert 1e-4 < (our_masks - masks).norm() / masks.norm() < 3e-2
@@ -131,18 +131,18 @@ def test_bfloat16_products_keep_two_digits(build_decoder: Callable[..., Sam]) ->
 
 
 @needs_tiles
-@pytest.mark.parametrize("multimask_output", [True, False])
+@pytest.mark.parametrize("chosen", [MULTIMASK, slice(1), ALL_MASKS])
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("shape", [*SHAPES, {"channels": 64, "grid": (TILE // 8, 9)}], ids=str)
 def test_tiles_in_bfloat16_keep_two_digits(
-    build_decoder: Callable[..., Sam], shape: dict, prompt: str, multimask_output: bool
+    build_decoder: Callable[..., Sam], shape: dict, prompt: str, chosen: slice
 ) -> None:
     sam = build_decoder(**{"channels": 64, **shape})
     sparse, embedding = prompt_tokens(sam, prompt), embedding_for(sam)
     decoder = TiledDecoder(sam, torch.bfloat16)
     assert isinstance(decoder.operands, Bfloat16Operands)
-    masks, iou = by_low_rank(decoder, embedding, sparse, multimask_output)
-    exact, exact_iou = reference(sam, embedding, sparse, multimask_output)
+    masks, iou = by_low_rank(decoder, embedding, sparse, chosen)
+    exact, exact_iou = reference(sam, embedding, sparse, chosen)
     assert masks.dtype == iou.dtype == torch.float32
     assert 1e-4 < relative_error(masks, exact) < 3e-2
     torch.testing.assert_close(iou, exact_iou, rtol=3e-2, atol=3e-2)
