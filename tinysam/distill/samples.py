@@ -279,8 +279,13 @@ def _grow(target: torch.Tensor, box: torch.Tensor, share: float, rng: np.random.
     if not (moved > 0.5).any():
         return
     near.copy_(moved)
-    left, top, right, bottom = masks_to_boxes(moved[None] > 0.5)[0].tolist()
-    box.copy_(torch.tensor([x0 + left, y0 + top, x0 + right + 1, y0 + bottom + 1]) * TARGET_STRIDE)
+    # Each side moves with the rim, and ends in the outermost pixel that is covered at all: half a pixel beyond it where
+    # less than half of one was covered to begin with.
+    left, top, right, bottom = masks_to_boxes(moved[None] > 0)[0].tolist()
+    outermost = torch.tensor([x0 + left, y0 + top, x0 + right + 1, y0 + bottom + 1])
+    outwards = torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    sides = (box / TARGET_STRIDE + amount * outwards - outermost) * outwards
+    box.copy_((outermost + sides.clamp(-1, 0.5) * outwards) * TARGET_STRIDE)
 
 
 def _dense(masks: Sequence[Mapping[str, Any]], boxes: np.ndarray, window: _Window, size: int) -> torch.Tensor:
