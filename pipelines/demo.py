@@ -40,7 +40,6 @@ from pipelines.common.cli import (
 from pipelines.common.demo_lake import BROKEN, DemoLake, DemoLakeError, build_demo_lake, photographs
 from pipelines.common.local_s3 import LocalS3, LocalS3Error, local_s3
 from tinysam.lake.filesystem import join
-from tinysam.runtime.processor import has_bfloat16
 
 ROOT = Path(__file__).resolve().parents[1]
 BUCKET = "tinysam-demo"
@@ -103,7 +102,6 @@ def plan(config: DemoConfig, lake: DemoLake, url: str, page: Path) -> list[Stage
             command=(
                 *("pipelines/distill.py", "--cache", cache, "--output", student, "--student", config.student),
                 *("--trainer.epochs", "1", "--trainer.batch-size", "2", "--trainer.seed", str(config.seed)),
-                *("--trainer.precision", "bf16" if has_bfloat16() else "fp32"),
                 *("--prompts.per-image", "6", "--prompts.max-rounds", "1"),
                 *("--optimizer.learning-rate", "1e-4", "--optimizer.warmup-steps", "5", "--optimizer.ema-decay", "0.9"),
             ),

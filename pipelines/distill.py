@@ -299,7 +299,7 @@ def train(
     trainer.run()
     if is_first:
         history.flush()
-        metadata = {"teacher": teacher, "teacher_sha256": cache.teacher_sha256}
+        metadata = {"teacher": teacher, "teacher_sha256": cache.teacher_sha256, "precision": trainer.precision}
         save_checkpoint(trainer.averaged_student, join(config.output, STUDENT_FILE), metadata)
 
 

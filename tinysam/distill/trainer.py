@@ -32,6 +32,7 @@ from tinysam.distill.samples import Sample, SampleConfig
 from tinysam.distill.step import DistillationLoss
 from tinysam.distill.teacher_masks import TeacherMaskConfig
 from tinysam.distill.validation import validate
+from tinysam.runtime.processor import prefers_bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,9 @@ class TrainerConfig:
     """Shards that a worker mixes at once: samples are drawn across them, checkpoints lie between groups."""
     seed: int = 0
     """Of initial weights, order, crops and prompts."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Arithmetic of the networks; losses and optimizer are float32 in any case."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the networks; losses and optimizer are float32 in any case. auto: bf16 where a worker's device
+    computes faster in it, which most CPUs do not."""
     freeze_norm: float = 0.0
     """Last share of the steps in which BatchNorm normalises with the statistics that it has, as it will when the
     student is used, instead of the batch's: those of a few images of one kind are not those of all (our choice)."""
@@ -143,7 +145,11 @@ class Trainer:
         self._norms = [module for module in student.modules() if isinstance(module, _BatchNorm)]
         groups = parameter_groups(trained, optimizer.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=optimizer.learning_rate, fused=True)
-        self._autocast = torch.autocast(device, torch.bfloat16, enabled=trainer.precision == "bf16")
+        if trainer.precision == "auto":
+            self.precision = "bf16" if prefers_bfloat16(device) else "fp32"
+        else:
+            self.precision = trainer.precision
+        self._autocast = torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16")
         self._state = TrainingState(
             student=student, averaged=self.averaged_student, optimizer=self._optimizer, dense_head=loss.dense_head
         )

@@ -1,12 +1,14 @@
-"""What the processor can do."""
+"""What the processor, or the GPU beside it, can do."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 CPUINFO = Path("/proc/cpuinfo")
 _DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "asimddp"}
-_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
+_BFLOAT16 = {"amx_bf16", "bf16"}
 
 
 def has_vnni() -> bool:
@@ -17,11 +19,15 @@ def has_vnni() -> bool:
     return _has_one_of(_DOT_PRODUCTS)
 
 
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16; others emulate it, many times slower than float32.
+def prefers_bfloat16(device: str) -> bool:
+    """Whether networks run faster in bfloat16 than in float32: on GPUs that multiply it, and on processors that
+    multiply matrices of it, x86's AMX or Arm's BF16. AVX-512's products of it were slower in training (measured), and
+    other processors emulate it, ten times slower.
 
-    True where there is no ``/proc/cpuinfo`` to tell.
+    True on a CPU where there is no ``/proc/cpuinfo`` to tell.
     """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return _has_one_of(_BFLOAT16)
 
 

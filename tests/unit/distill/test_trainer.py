@@ -49,6 +49,28 @@ def weights(sam: Sam) -> torch.Tensor:
     return torch.cat([value.flatten().float() for value in sam.state_dict().values()])
 
 
+@pytest.mark.parametrize(
+    ("asked", "prefers", "used"), [("auto", True, "bf16"), ("auto", False, "fp32"), ("bf16", False, "bf16")]
+)
+def test_bfloat16_is_used_where_it_is_faster_or_asked_for(
+    asked: str,
+    prefers: bool,
+    used: str,
+    make_cache: Callable[..., str],
+    tiny_sam: Sam,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tinysam.distill.trainer.prefers_bfloat16", lambda device: prefers)
+    config = replace(CONFIG, precision=asked)
+    trainer = make_trainer(copy.deepcopy(tiny_sam), open_cache([make_cache("c")]), tmp_path, config=config)
+    assert trainer.precision == used
+    types = []
+    trainer.student.mask_decoder.iou_prediction_head.register_forward_hook(lambda *call: types.append(call[2].dtype))
+    trainer.run()
+    assert set(types) == {torch.bfloat16 if used == "bf16" else torch.float32}
+
+
 def test_training_brings_the_student_to_the_teacher(
     make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path
 ) -> None:
