@@ -102,7 +102,8 @@ def plan(config: DemoConfig, lake: DemoLake, url: str, page: Path) -> list[Stage
             command=(
                 *("pipelines/distill.py", "--cache", cache, "--output", student, "--student", config.student),
                 *("--trainer.epochs", "1", "--trainer.batch-size", "2", "--trainer.seed", str(config.seed)),
-                *("--prompts.per-image", "6", "--prompts.max-rounds", "1"),
+                *("--trainer.freeze-norm", "1", "--losses.focal", "0"),
+                *("--prompts.per-image", "4", "--prompts.max-rounds", "1"),
                 *("--optimizer.learning-rate", "1e-4", "--optimizer.warmup-steps", "5", "--optimizer.ema-decay", "0.9"),
             ),
         ),
@@ -125,7 +126,7 @@ def plan(config: DemoConfig, lake: DemoLake, url: str, page: Path) -> list[Stage
             command=(
                 *("pipelines/evaluate.py", "--checkpoints", config.teacher, trained, quantized),
                 *("--lake", lake.held_out, "--annotations", lake.instances, "--output", scores, *EVERYTHING),
-                *("--images-per-shard", "1", "--clicks.clicks", "3", "--engine", "torch"),
+                *("--images-per-shard", "1", "--clicks.clicks", "2", "--engine", "torch"),
             ),
         ),
         Stage(
