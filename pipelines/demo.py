@@ -102,7 +102,7 @@ def plan(config: DemoConfig, lake: DemoLake, url: str, page: Path) -> list[Stage
             command=(
                 *("pipelines/distill.py", "--cache", cache, "--output", student, "--student", config.student),
                 *("--trainer.epochs", "1", "--trainer.batch-size", "2", "--trainer.seed", str(config.seed)),
-                *("--trainer.freeze-norm", "1", "--losses.focal", "0"),
+                *("--limit", "40", "--trainer.freeze-norm", "1", "--losses.focal", "0"),
                 *("--prompts.per-image", "4", "--prompts.max-rounds", "1"),
                 *("--optimizer.learning-rate", "1e-4", "--optimizer.warmup-steps", "5", "--optimizer.ema-decay", "0.9"),
             ),
@@ -126,7 +126,7 @@ def plan(config: DemoConfig, lake: DemoLake, url: str, page: Path) -> list[Stage
             command=(
                 *("pipelines/evaluate.py", "--checkpoints", config.teacher, trained, quantized),
                 *("--lake", lake.held_out, "--annotations", lake.instances, "--output", scores, *EVERYTHING),
-                *("--images-per-shard", "1", "--clicks.clicks", "2", "--engine", "torch"),
+                *("--images-per-shard", "1", "--clicks.clicks", "1", "--engine", "torch"),
             ),
         ),
         Stage(
