@@ -43,6 +43,7 @@ def decode_prompts(
 
     Raises:
         ValueError: for points without labels.
+        FloatingPointError: from the low-rank decoder, as from everything mode: damaged weights.
     """
     transform = ResizeLongestSide(sam.image_encoder.img_size)
     device = sam.device

@@ -79,18 +79,15 @@ class LowRankImageDecoder:
         self.on_cpu = embedding.device.type == "cpu"
 
     @torch.no_grad()
-    def decode(self, sparse: Tensor, min_iou: float) -> DecodedPrompts:
+    def decode(self, sparse: Tensor, min_iou: float, masks: slice = MULTIMASK) -> DecodedPrompts:
         chunks = sparse.split(CPU_DECODED_TOGETHER) if self.on_cpu and len(sparse) else [sparse]
-        parts = [self._decode_chunk(chunk, min_iou, MULTIMASK) for chunk in chunks]
+        parts = [self._decode_chunk(chunk, min_iou, masks) for chunk in chunks]
         return parts[0] if len(parts) == 1 else DecodedPrompts(*map(torch.cat, zip(*parts, strict=True)))
 
-    @torch.no_grad()
     def decode_all(self, sparse: Tensor) -> tuple[Tensor, Tensor]:
         """All of a prompt's masks, the single one first: logits (B, 4, S, S) and predicted IoUs (B, 4)."""
-        chunks = sparse.split(CPU_DECODED_TOGETHER)
-        parts = [self._decode_chunk(chunk, -torch.inf, masks=ALL_MASKS) for chunk in chunks]
-        predicted_iou = torch.cat([part.predicted_iou for part in parts])
-        return torch.cat([part.logits for part in parts]).unflatten(0, predicted_iou.shape), predicted_iou
+        decoded = self.decode(sparse, -torch.inf, ALL_MASKS)
+        return decoded.logits.unflatten(0, decoded.predicted_iou.shape), decoded.predicted_iou
 
     def _decode_chunk(self, sparse: Tensor, min_iou: float, masks: slice) -> DecodedPrompts:
         decoded = self.decoder.decode(self.image, sparse, masks)
