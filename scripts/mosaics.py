@@ -9,7 +9,6 @@ it is written as it is and in smaller copies, on black.
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +21,10 @@ from rich.console import Console
 from rich.progress import track
 
 from tinysam.lake.annotations import read_annotations
-from tinysam.lake.filesystem import LakeError, join, list_files, read_bytes, write_once
+from tinysam.lake.filesystem import LakeError, list_files, read_bytes
 from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.rle import decode_rle, encode_rle, rle_bbox
-from tinysam.synthetic.sa1b import sidecar
+from tinysam.synthetic.sa1b import write_png
 
 MIN_AREA = 6
 """Pixels of an object that is still worth showing."""
@@ -159,10 +158,7 @@ def write(folder: str, name: str, number: int, image: Image.Image, patches: Sequ
         height, width = patch.inside.shape
         mask[patch.top : patch.top + height, patch.left : patch.left + width] = patch.inside
         rles.append(encode_rle(mask))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    write_once(join(folder, f"{name}.json"), sidecar(f"{name}.png", number, (image.height, image.width), rles))
-    write_once(join(folder, f"{name}.png"), buffer.getvalue())
+    write_png(folder, name, number, np.array(image), rles)
 
 
 def build(config: Mosaics, console: Console) -> None:

@@ -37,7 +37,7 @@ from tinysam.lake.coco import CocoFile
 from tinysam.lake.filesystem import LakeError, join, list_files, read_bytes, write_once
 from tinysam.lake.images import ImageError, decode_image
 from tinysam.lake.rle import decode_rle, encode_rle
-from tinysam.synthetic.sa1b import sidecar, write_instances
+from tinysam.synthetic.sa1b import sidecar, write_instances, write_png
 from tinysam.synthetic.write import SceneSet, iter_write
 
 SHIPPABLE_LICENSES = frozenset({4, 5, 7, 8})
@@ -125,11 +125,7 @@ def write_variants(
         rng = np.random.default_rng((config.seed, image_id, number))
         pixels, cut = altered(image, masks, config.variant_share, rng)
         shown = [encode_rle(cut[..., i]) for i in np.flatnonzero(cut.any((0, 1)))]
-        buffer, name = io.BytesIO(), f"{stem}_{number}"
-        Image.fromarray(pixels).save(buffer, "PNG")
-        new_id = image_id * config.variants + number
-        write_once(join(folder, f"{name}.json"), sidecar(f"{name}.png", new_id, pixels.shape[:2], shown))
-        write_once(join(folder, f"{name}.png"), buffer.getvalue())
+        write_png(folder, f"{stem}_{number}", image_id * config.variants + number, pixels, shown)
 
 
 def altered(

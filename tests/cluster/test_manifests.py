@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import re
 import shlex
@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from pipelines.common.cli import parse_config
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -28,12 +29,7 @@ FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 @cache
 def rayjob() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rayjob", ROOT / "scripts" / "rayjob.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("rayjob")
 
 
 def locked(package: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
 from tinysam.lake.filesystem import join, list_files, read_bytes, write_once
@@ -46,6 +48,14 @@ def sidecar(file_name: str, image_id: int, size: tuple[int, int], rles: Iterable
     annotations = [annotation(rle, image_id * 1000 + number) for number, rle in enumerate(rles, start=1)]
     image = {"image_id": image_id, "width": size[1], "height": size[0], "file_name": file_name}
     return json.dumps({"image": image, "annotations": annotations}).encode()
+
+
+def write_png(folder: str, name: str, image_id: int, pixels: np.ndarray, rles: Iterable[Mapping[str, Any]]) -> None:
+    """Writes ``name.png`` with (H, W, 3) uint8 ``pixels``, and its masks beside it."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    write_once(join(folder, f"{name}.json"), sidecar(f"{name}.png", image_id, pixels.shape[:2], rles))
+    write_once(join(folder, f"{name}.png"), buffer.getvalue())
 
 
 def write_instances(folder: str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -13,21 +11,14 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from tests.scripts import load_script
 from tinysam.lake.rle import decode_rle, encode_rle
 from tinysam.synthetic.sa1b import sidecar
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def mosaics() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mosaics", ROOT / "scripts" / "mosaics.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mosaics"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("mosaics")
 
 
 def write_image(folder: Path, name: str, side: int, size: int = 96) -> None:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.scripts import load_script
+
 ROOT = Path(__file__).parents[3]
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("simulate_cluster", ROOT / "scripts" / "simulate_cluster.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["simulate_cluster"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-simulator = load_script()
+simulator = load_script("simulate_cluster")
 
 CERTAIN: dict[str, Any] = {"spread": 0.0, "driver_seconds_per_shard": 0.0, "load_seconds": 30.0}
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,20 +12,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from tests.scripts import load_script
 from tinysam.lake.index import IndexConfig, build_index
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def training_lake() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("training_lake", ROOT / "scripts" / "training_lake.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["training_lake"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("training_lake")
 
 
 def _coco_folder(folder: Path, count: int, licenses: list[int] | None = None) -> None:
