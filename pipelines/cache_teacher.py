@@ -39,6 +39,10 @@ from tinysam.runtime.choice import TorchEngine, with_engine
 
 NO_TEACHER = "none"
 
+EMBEDDED_TOGETHER = {"cpu": 1, "cuda": 8}
+"""Images that the teacher encodes at once, by device. A CPU takes half as long again for each of eight: the system hands
+out the memory of their activations, and zeroes it, anew for every layer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CacheTeacherConfig(ShardJobConfig):
@@ -50,8 +54,8 @@ class CacheTeacherConfig(ShardJobConfig):
     """Longest side of the input frame in pixels, a multiple of 16. None: the teacher's own; "none" needs a number."""
     codec: Codec = "fp16"
     """How embeddings are stored: int8 (one scale a channel) takes about half the space of fp16, int6 a third."""
-    batch_size: int = 8
-    """Images that the teacher encodes at once; what fits depends on the GPU's memory."""
+    batch_size: int | None = None
+    """Images that the teacher encodes at once; what fits depends on the GPU's memory. None: 8 on GPUs, 1 on CPUs."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the teacher; bf16 is faster on GPUs and moves embeddings by about 1 %."""
     engine: TorchEngine = "torch"
@@ -70,7 +74,7 @@ class CacheTeacherConfig(ShardJobConfig):
             raise ValueError("--teacher none needs --image-size")
         if self.image_size is not None and (self.image_size < 16 or self.image_size % 16):
             raise ValueError("--image-size must be a positive multiple of 16")
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise ValueError("--batch-size must be at least 1")
         if not 1 <= self.jpeg_quality <= 100:
             raise ValueError("--jpeg-quality must be between 1 and 100")
@@ -153,7 +157,8 @@ class CacheTeacherWorker(ShardWorker):
 
     def process(self, rows: pa.Table) -> pa.Table:
         """One row of ``schema.EMBEDDING`` an image, bad images as a status."""
-        threads, batch_size = self._placement.num_cpus, self._config.batch_size
+        threads = self._placement.num_cpus
+        batch_size = self._config.batch_size or EMBEDDED_TOGETHER[self._placement.device]
         prepared = read_ahead(self._prepare, rows.to_pylist(), threads=threads, ahead=2 * max(batch_size, threads))
         if self._teacher is None:
             return pa.Table.from_pylist([row for row, _ in prepared], schema=self.schema)

@@ -3,8 +3,8 @@
     python pipelines/demo.py
 
 Builds a lake of about 60 images on an S3-compatible server of its own on this machine, then runs the jobs one after
-the other, each as a command of its own: cache the teacher's embeddings, distil the student a little further, quantize
-it, label the lake with it, measure it, and write the report. All that it writes lies under ``demo/``.
+the other on one Ray, each as a command of its own: cache the teacher's embeddings, distil the student a little further,
+quantize it, label the lake with it, measure it, and write the report. All that it writes lies under ``demo/``.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from pipelines.common.cli import (
 )
 from pipelines.common.demo_lake import BROKEN, DemoLake, DemoLakeError, build_demo_lake, photographs
 from pipelines.common.local_s3 import LocalS3, LocalS3Error, local_s3
+from pipelines.common.ray_setup import shared_ray
 from tinysam.lake.filesystem import join
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,11 +222,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare(folder)
     page = folder / "report.html"
     try:
-        with _terminated_as_interrupted(), local_s3(folder / "s3", [BUCKET]) as server, _storage(server):
+        with (
+            local_s3(folder / "s3", [BUCKET]) as server,
+            _storage(server),
+            shared_ray() as ray_address,
+            _terminated_as_interrupted(),  # last, as Ray has a handler of its own
+        ):
             console.rule(f"[bold]the lake[/]: s3://{BUCKET} at {server.endpoint}", align="left")
             lake = _build_lake(config)
             stages = plan(config, lake, f"s3://{BUCKET}", page)
-            code, seconds = run_stages(stages, os.environ)
+            code, seconds = run_stages(stages, os.environ | {"RAY_ADDRESS": ray_address})
     except KeyboardInterrupt:
         error_console.print("interrupted; the storage server has been stopped")
         return EXIT_INTERRUPTED

@@ -7,6 +7,7 @@ order after SIGTERM or a spot machine's notice.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import logging
 import sys
@@ -120,6 +121,7 @@ def print_error(message: str) -> None:
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a script's ``main`` and exits with its code; errors that people can act on lose their traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    gc.freeze()  # all of torch is no garbage: looking through it at the end takes a second or two
     try:
         code = main()
     except KeyboardInterrupt:

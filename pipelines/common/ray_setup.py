@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,22 @@ def start_ray(address: str | None = None) -> None:
         raise JobError(
             f"no Ray cluster at {cluster}: check --ray-address and RAY_ADDRESS, or unset both to start Ray here"
         ) from error
+
+
+@contextmanager
+def shared_ray() -> Iterator[str]:
+    """Ray on this machine for as long as the context lasts, for commands that run one after the other.
+
+    Yields:
+        The address, for ``--ray-address`` or ``RAY_ADDRESS``: a command that joins need not start Ray and end it.
+    """
+    ours = not ray.is_initialized()
+    start_ray()
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        if ours:
+            ray.shutdown()
 
 
 def quiet_ray() -> None:

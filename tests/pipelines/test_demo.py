@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +80,19 @@ def test_each_command_is_one_that_its_job_accepts(lake: DemoLake, tmp_path: Path
 def test_failing_stage_ends_the_demo_with_its_output_and_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    endpoint = "import os; print('at', os.environ['AWS_ENDPOINT_URL'], flush=True)"
+    at = "import os; print('storage', os.environ['AWS_ENDPOINT_URL'], 'Ray', os.environ['RAY_ADDRESS'], flush=True)"
     stages = [
-        demo.Stage(title="first", command=("-c", endpoint)),
+        demo.Stage(title="first", command=("-c", at)),
         demo.Stage(title="second", command=("-c", "import sys; print('too bad', file=sys.stderr); sys.exit(7)")),
         demo.Stage(title="third", command=("-c", "print('never')")),
     ]
     monkeypatch.setattr(demo, "plan", lambda *_args, **_options: stages)
     monkeypatch.setenv("AWS_PROFILE", "mine")
+    monkeypatch.setenv("RAY_ADDRESS", "cluster.example:6379")
     before = dict(os.environ)
     assert demo.main(["--output", str(tmp_path / "out"), "--scenes", "1", "--held-out", "1"]) == 7
     shown = capfd.readouterr()
-    assert "at http://127.0.0.1" in shown.out
+    assert re.search(r"^storage http://127\.0\.0\.1:\d+ Ray [\d.]+:\d+$", shown.out, re.MULTILINE)
     assert "too bad" in shown.err
     assert "never" not in shown.out
     assert os.environ == before

@@ -19,7 +19,7 @@ from pycocotools import mask as mask_utils
 from scipy import ndimage
 from segment_anything.modeling import Sam
 
-from tinysam.eval.masks import Rle, at_original_size
+from tinysam.eval.masks import Rle, at_original_size, paired_iou
 from tinysam.eval.prompts import decode_prompts
 from tinysam.everything.decoding import EncodedImage
 
@@ -111,7 +111,6 @@ def click_ious(
     config: ClickConfig | None = None,
     *,
     prompts_per_batch: int = 64,
-    max_bytes: int = 256 << 20,
 ) -> np.ndarray:
     """IoU of each object after each click: (objects, clicks) float64.
 
@@ -123,18 +122,17 @@ def click_ious(
         truths: COCO RLEs of non-empty masks in the original frame.
         config: SAM's protocol with 5 clicks by default.
         prompts_per_batch: objects in one decoder pass.
-        max_bytes: limit on the float32 intermediates of upscaling.
     """
     config = config or ClickConfig()
     result = np.ones((len(truths), config.clicks))
     for start in range(0, len(truths), prompts_per_batch):
         batch = truths[start : start + prompts_per_batch]
-        result[start : start + len(batch)] = _click_batch(sam, image, batch, config, start, max_bytes)
+        result[start : start + len(batch)] = _click_batch(sam, image, batch, config, start)
     return result
 
 
 def _click_batch(
-    sam: Sam, image: EncodedImage, truths: Sequence[Rle], config: ClickConfig, first_index: int, max_bytes: int
+    sam: Sam, image: EncodedImage, truths: Sequence[Rle], config: ClickConfig, first_index: int
 ) -> np.ndarray:
     result = np.ones((len(truths), config.clicks))
     active = np.arange(len(truths))  # objects whose mask is not perfect yet; rows of points, labels and logits
@@ -153,13 +151,15 @@ def _click_batch(
         rows = torch.arange(len(ious), device=ious.device)
         chosen = 1 + ious[:, 1:].argmax(dim=1) if step == 0 else torch.zeros_like(rows)
         logits = all_logits[rows, chosen][:, None]
-        clicks: list[tuple[int, int, int] | None] = []
-        for masks in at_original_size(sam, logits[:, 0], image.input_size, image.size, max_bytes):
-            for mask in masks:
-                index = active[len(clicks)]
-                truth = _decode(truths[index])
-                result[index, step] = np.count_nonzero(mask & truth) / np.count_nonzero(mask | truth)
-                clicks.append(next_click(truth, mask, config.next_click) if step + 1 < config.clicks else None)
+        masks = at_original_size(sam, image, logits[:, 0])
+        targets = [truths[i] for i in active]
+        result[active, step] = paired_iou(masks, targets)
+        if step + 1 == config.clicks:
+            break
+        clicks = [
+            next_click(_decode(target), _decode(mask), config.next_click)
+            for target, mask in zip(targets, masks, strict=True)
+        ]
         going = np.array([i for i, click in enumerate(clicks) if click is not None], dtype=np.int64)
         if not len(going):
             break

@@ -39,8 +39,6 @@ class EvalConfig:
     """How clicks are simulated."""
     prompts_per_batch: int = 64
     """Prompts in one decoder pass."""
-    max_bytes: int = 256 << 20
-    """Limit on the float32 intermediates of upscaling masks to the original size."""
 
     def __post_init__(self) -> None:
         unknown = set(self.tasks) - set(TASKS)
@@ -99,21 +97,21 @@ def evaluate_image(
     check_sizes(truths, image.shape[:2])
     truths = [truth for truth, area in zip(truths, areas(truths), strict=True) if area > 0]
     scores: dict[str, Any] = {"areas": areas(truths)}
-    portions = {"prompts_per_batch": config.prompts_per_batch, "max_bytes": config.max_bytes}
+    together = config.prompts_per_batch
     if {"box", "points"} & set(config.tasks):
         with stage("embed"):
             embedded = encode(sam, [image])[0]
     if "box" in config.tasks:
         with stage("box"):
-            predictions = predict_boxes(sam, embedded, boxes_xyxy(truths), **portions)
+            predictions = predict_boxes(sam, embedded, boxes_xyxy(truths), prompts_per_batch=together)
             scores["box_multimask_iou"] = paired_iou(predictions.multimask, truths)
             scores["box_singlemask_iou"] = paired_iou(predictions.singlemask, truths)
             if detections is not None:
-                predictions = predict_boxes(sam, embedded, detections, **portions)
+                predictions = predict_boxes(sam, embedded, detections, prompts_per_batch=together)
             scores["box_predictions"] = predictions
     if "points" in config.tasks:
         with stage("points"):
-            scores["click_iou"] = click_ious(sam, embedded, truths, config.clicks, **portions)
+            scores["click_iou"] = click_ious(sam, embedded, truths, config.clicks, prompts_per_batch=together)
     if "everything" in config.tasks:
         with stage("everything"):
             scores["everything"] = score_everything((generator or default_generator(sam)).generate(image), truths)

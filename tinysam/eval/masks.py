@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from pycocotools import mask as mask_utils
 from segment_anything.modeling import Sam
+
+from tinysam.everything.decoding import EncodedImage
+from tinysam.everything.grids import crops_of
+from tinysam.everything.mask_pass import mask_frame, measure
+from tinysam.everything.run_lengths import coco_rle
 
 Rle = dict[str, Any]
 """A COCO run-length mask: ``size`` [height, width] and pycocotools' compressed ``counts`` (bytes or str)."""
@@ -64,28 +69,17 @@ def boxes_xyxy(masks: Sequence[Rle]) -> np.ndarray:
     return boxes
 
 
-def at_original_size(
-    sam: Sam,
-    low_res_logits: torch.Tensor,
-    input_size: tuple[int, int],
-    original_size: tuple[int, int],
-    max_bytes: int = 256 << 20,
-) -> Iterator[np.ndarray]:
-    """Upscales low-resolution logits as SAM does and thresholds them, a bounded number of masks at a time.
+@torch.no_grad()
+def at_original_size(sam: Sam, image: EncodedImage, low_res_logits: torch.Tensor) -> list[Rle]:
+    """Upscales low-resolution logits as SAM does and thresholds them, in everything mode's one pass.
 
     Args:
+        sam: whose threshold is taken.
+        image: that the masks are of.
         low_res_logits: (N, S/4, S/4) float.
-        input_size: (height, width) of the resized image before padding.
-        original_size: (height, width) of the image.
-        max_bytes: limit on one chunk's float32 intermediates; a chunk holds one mask at least.
-
-    Yields:
-        (n, H, W) bool, in order.
     """
-    side = sam.image_encoder.img_size
-    bytes_per_mask = 4 * (side * side + original_size[0] * original_size[1])
-    for chunk in low_res_logits.split(max(1, max_bytes // bytes_per_mask)):
-        with torch.no_grad():
-            logits = sam.postprocess_masks(chunk[:, None].float(), input_size, original_size)[:, 0]
-            masks = (logits > sam.mask_threshold).cpu().numpy()
-        yield masks
+    [crop] = crops_of(image.size, 0, 0.0)
+    low_size = (low_res_logits.shape[1], low_res_logits.shape[2])
+    frame = mask_frame(crop, image.size, image.input_size, sam.image_encoder.img_size, low_size)
+    measured = measure(low_res_logits, frame, sam.mask_threshold, offset=0.0)
+    return [coco_rle(run_lengths, image.size) for run_lengths in measured.run_lengths]

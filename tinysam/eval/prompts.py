@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from segment_anything.modeling import Sam
 
-from tinysam.eval.masks import Rle, at_original_size, to_rles
+from tinysam.eval.masks import Rle, at_original_size
 from tinysam.everything.decoders import ImageDecoders
 from tinysam.everything.decoding import EncodedImage
 from tinysam.predictor import ResizeLongestSide
@@ -88,14 +88,7 @@ class BoxPredictions:
         return len(self.multimask)
 
 
-def predict_boxes(
-    sam: Sam,
-    image: EncodedImage,
-    boxes: np.ndarray,
-    *,
-    prompts_per_batch: int = 64,
-    max_bytes: int = 256 << 20,
-) -> BoxPredictions:
+def predict_boxes(sam: Sam, image: EncodedImage, boxes: np.ndarray, *, prompts_per_batch: int = 64) -> BoxPredictions:
     """Segments every box, by both protocols.
 
     Args:
@@ -103,7 +96,6 @@ def predict_boxes(
         image: after the encoder, from ``tinysam.everything.decoding.encode``.
         boxes: (N, 4) XYXY in the original frame; N may be 0.
         prompts_per_batch: prompts in one decoder pass.
-        max_bytes: limit on the float32 intermediates of upscaling.
     """
     rles: tuple[list[Rle], list[Rle]] = ([], [])
     scores: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
@@ -113,8 +105,7 @@ def predict_boxes(
         rows = torch.arange(len(ious), device=ious.device)
         for protocol, chosen in enumerate((best_of_three, torch.zeros_like(best_of_three))):
             scores[protocol].append(ious[rows, chosen].float().cpu().numpy())
-            for masks in at_original_size(sam, logits[rows, chosen], image.input_size, image.size, max_bytes):
-                rles[protocol].extend(to_rles(masks))
+            rles[protocol].extend(at_original_size(sam, image, logits[rows, chosen]))
     multimask_scores, singlemask_scores = (np.concatenate([np.zeros(0, np.float32), *part]) for part in scores)
     return BoxPredictions(
         multimask=rles[0],

@@ -29,5 +29,13 @@ def to_segmentation(run_lengths: np.ndarray, size: tuple[int, int], mode: Output
     """What a record of that output mode holds."""
     if mode == "binary_mask":
         return decode_run_lengths(run_lengths, size)
-    uncompressed = {"size": list(size), "counts": run_lengths.tolist()}
-    return uncompressed if mode == "uncompressed_rle" else coco_encode_rle(uncompressed)
+    return coco_rle(run_lengths, size) if mode == "coco_rle" else _uncompressed(run_lengths, size)
+
+
+def coco_rle(run_lengths: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+    """``size`` [height, width] and pycocotools' compressed ``counts``, a str."""
+    return coco_encode_rle(_uncompressed(run_lengths, size))
+
+
+def _uncompressed(run_lengths: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+    return {"size": list(size), "counts": run_lengths.tolist()}
