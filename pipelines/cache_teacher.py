@@ -40,8 +40,8 @@ from tinysam.runtime.choice import TorchEngine, with_engine
 NO_TEACHER = "none"
 
 EMBEDDED_TOGETHER = {"cpu": 1, "cuda": 8}
-"""Images that the teacher encodes at once, by device. A CPU takes half as long again for each of eight: the system hands
-out the memory of their activations, and zeroes it, anew for every layer."""
+"""Images that the teacher encodes at once, by device. A CPU takes half as long again for each of eight: the system
+hands out the memory of their activations, and zeroes it, anew for every layer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.loading import load_on_engine
 from pipelines.common.models import weights_sha256
 from pipelines.common.read_ahead import read_ahead
-from pipelines.common.shard_job import ShardJob
+from pipelines.common.shard_job import ShardJob, run_jobs
 from pipelines.common.shard_worker import Placement, ShardWorker
 from tinysam import SamHierarchicalMaskGenerator
 from tinysam.eval import ClickConfig, EvalConfig, evaluate_image
@@ -328,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except LvisError as error:
             raise JobError(str(error)) from error
     detections_url = None if config.detections is None or config.dry_run else prepare_detections(config)
-    codes = []
+    jobs = []
     for label, (checkpoint, sha256) in models.items():
         make_worker: Callable[[Placement], ShardWorker] = partial(
             EvaluateWorker, config, checkpoint, sha256, detections_url
@@ -339,7 +339,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             make_worker=make_worker,
             identity={"model": sha256, **identity},
         )
-        codes.append(job.run())
+        jobs.append(job)
+    codes = run_jobs("evaluate", jobs)
     if config.dry_run:
         return max(codes)
 

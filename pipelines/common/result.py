@@ -24,7 +24,7 @@ class JobResult:
     bytes_read: int = 0
     """Bytes of the images that this run processed, where the listing told their sizes."""
     seconds: float = 0.0
-    """Wall time of this run, from the time that Ray was there."""
+    """Wall time of this run, from the time that Ray was there; of jobs that run together, each its own part."""
     num_workers: int = 0
     """Workers that Ray was asked for."""
     device: str = "none"

@@ -23,7 +23,7 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayError
 
-from pipelines.common.cli import JobError, error_console
+from pipelines.common.cli import EXIT_OK, JobError, error_console
 from pipelines.common.estimate import measure
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.ledger import start_ledger
@@ -68,54 +68,8 @@ class ShardJob:
     was made with another identity is not continued."""
 
     def run(self) -> int:
-        """Computes the shards that the output lacks, reports, and returns the exit code (:mod:`pipelines.common.cli`).
-
-        A dry run starts no Ray and writes nothing.
-
-        Raises:
-            JobError: if shards failed for reasons that no image is to blame for.
-            LakeError: if the lake cannot be listed or is empty, or the output cannot be written or holds another run.
-            TerminatedError: after SIGTERM or this machine's notice, when what was done by then is recorded.
-        """
-        with tempfile.TemporaryDirectory() as scratch:
-            return self._run(JobOutput(self.name, self.config, self.fingerprint(), Path(scratch)))
-
-    def _run(self, output: JobOutput) -> int:
-        plan = output.plan()
-        todo = output.todo(plan)
-        left = {shard.shard_id for shard in todo}
-        done = [shard for shard in plan if shard.shard_id not in left]
-        counts = [] if self.config.dry_run and not self.config.retry_failed else output.counts(done)
-        if self.config.retry_failed:
-            failed = [shard for shard, count in zip(done, counts, strict=True) if set(count) - {schema.OK}]
-            counts = [count for count in counts if not set(count) - {schema.OK}]
-            todo = sorted([*todo, *failed], key=lambda shard: shard.start)
-        if self.config.dry_run:
-            self._dry_run(plan, todo)
-            return 0
-
-        output.begin(plan, todo)
-        result = JobResult(shards=len(plan), shards_before=len(plan) - len(todo))
-        result.counts += sum(counts, Counter())
-        if todo:
-            start_ray(self.config.ray_address)
-        start = time.monotonic()
-        try:
-            if todo:
-                self._run_shards(todo, result)
-            result.finished = not result.failures
-        finally:
-            result.seconds = time.monotonic() - start
-            output.end(result)
-        print_summary(self.name, self.config, result)
-        if result.failures:
-            raise JobError(_explain_failures(result))
-        code = result.exit_code(self.config.max_error_rate)
-        if code:
-            error_console.print(
-                f"{result.errors} of {result.total_images} images failed, more than --max-error-rate "
-                f"{self.config.max_error_rate:g} allows; the column 'error' of the shards says why"
-            )
+        """``run_jobs`` for this job alone: the same errors, and its exit code."""
+        [code] = run_jobs(self.name, [self])
         return code
 
     def fingerprint(self) -> str:
@@ -130,97 +84,202 @@ class ShardJob:
             }
         )
 
-    def _dry_run(self, plan: Sequence[Shard], todo: Sequence[Shard]) -> None:
+    def report_dry_run(self, plan: Sequence[Shard], todo: Sequence[Shard]) -> None:
+        """Says what a run would do, and how long it would take where that is asked for."""
         print_dry_run(self.name, self.config, plan, todo)
         if todo and self.config.dry_run_images:
             print_estimate(measure(self.make_worker, self.config, todo))
 
-    def _run_shards(self, todo: Sequence[Shard], result: JobResult) -> None:
-        """Computes shards and fills in ``result``.
-
-        Raises:
-            TerminatedError: after SIGTERM or a notice, when the shards in hand are written or the time for them is up.
-        """
-        resources = plan_workers(self.config, len(todo))
-        result.num_workers, result.device = resources.num_workers, resources.placement.device
-        metrics = JobMetrics(self.name)
-        ledger = start_ledger()
-        stopped: set[str] = set()
-        try:
-            with (
-                JobProgress(self.name, sum(shard.num_rows for shard in todo), error_console) as progress,
-                stopping_in_order(lambda: ray.get(ledger.stop.remote()), self.config.notice_board()),
-                closing(self._stream(todo, resources, ledger)) as results,
-            ):
-                for row in results:
-                    if row["stopped"]:
-                        stopped.add(row["worker"])
-                        if len(stopped) == resources.num_workers:
-                            raise TerminatedError
-                    elif row["failure"] is not None:
-                        metrics.shard_failed()
-                        result.failures[row["shard_id"]] = row["failure"]
-                        if result.images == 0 or len(result.failures) >= MAX_FAILED_SHARDS:
-                            return
-                    else:
-                        counts = Counter(json.loads(row["counts"]))
-                        result.counts += counts
-                        result.images += row["images"]
-                        result.bytes_read += row["bytes_read"]
-                        result.time_split.update(json.loads(row["time_split"]))
-                        metrics.shard_done(counts, row["bytes_read"], row["seconds"])
-                        progress.advance(counts.total(), counts)
-            if stopped:
-                raise TerminatedError
-        finally:
-            ray.kill(ledger)  # a driver may run several jobs
-
-    def _stream(
-        self, todo: Sequence[Shard], resources: WorkerResources, ledger: ray.actor.ActorHandle
-    ) -> Generator[dict[str, Any]]:
-        """Result rows (``shard_worker.RESULT``) in the order in which shards finish."""
-        context = DataContext.get_current()
-        context.target_max_block_size = None  # one shard, one block, one task
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = False
-        context.execution_no_progress_timeout_s = STALL_SECONDS
-        order = WorkOrder(
+    def order(self) -> WorkOrder:
+        """What the workers are told of this job."""
+        return WorkOrder(
+            make_worker=self.make_worker,
             output=self.config.output,
             fingerprint=self.fingerprint(),
             retry_failed=self.config.retry_failed,
             notice_board=self.config.notice_board(),
         )
-        at_once = SHARDS_OF_A_WORKER_AT_ONCE * resources.num_workers
-        for start in range(0, len(todo), at_once):
-            yield from self._stream_some(todo[start : start + at_once], resources, order, ledger)
 
-    def _stream_some(
-        self, todo: Sequence[Shard], resources: WorkerResources, order: WorkOrder, ledger: ray.actor.ActorHandle
-    ) -> Generator[dict[str, Any]]:
-        # from_arrow would start a task for each shard's metadata; from_items only puts its bytes into the object store.
-        # The workers read the rows themselves: those of millions of images would fill the driver and the store.
-        items = [{"shard_id": shard.shard_id, "start": shard.start, "num_rows": shard.num_rows} for shard in todo]
-        results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            ShardActor,
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(
-                size=resources.num_workers,
-                max_tasks_in_flight_per_actor=resources.shards_in_hand,
-                max_concurrent_calls_per_actor=resources.shards_in_hand,
-                enable_true_multi_threading=True,
-            ),
-            fn_constructor_args=(self.make_worker, resources.placement, order, ledger),
-            num_cpus=resources.placement.num_cpus,
-            num_gpus=resources.num_gpus,
-        )
+
+@dataclass(kw_only=True)
+class _Run:
+    """A job on its way."""
+
+    job: ShardJob
+    output: JobOutput
+    plan: list[Shard]
+    todo: list[Shard]
+    left: set[str]
+    """Of ``todo``, by id, what has not been written yet."""
+    result: JobResult
+
+
+def run_jobs(name: str, jobs: Sequence[ShardJob]) -> list[int]:
+    """Computes the shards that the jobs' outputs lack and reports.
+
+    The jobs come one after the other on the same workers, which start once. A dry run starts no Ray and writes nothing.
+
+    Args:
+        name: of all together, in the progress.
+        jobs: one at least; their ``config`` differs in ``output`` alone.
+
+    Returns:
+        Each job's exit code (:mod:`pipelines.common.cli`).
+
+    Raises:
+        JobError: if shards failed for reasons that no image is to blame for.
+        LakeError: if the lake cannot be listed or is empty, or an output cannot be written or holds another run.
+        TerminatedError: after SIGTERM or this machine's notice, when what was done by then is recorded.
+    """
+    config = jobs[0].config
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = [_planned(job, Path(tempfile.mkdtemp(dir=scratch))) for job in jobs]
+        if config.dry_run:
+            for run in runs:
+                run.job.report_dry_run(run.plan, run.todo)
+            return [EXIT_OK] * len(runs)
+        for run in runs:
+            run.output.begin(run.plan, run.todo)
         try:
-            for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                yield from batch.to_pylist()
-        except RayError as error:
-            lines = str(error).strip().splitlines()
-            reason = lines[0] if len(lines) < 2 else f"{lines[0]} … {lines[-1]}"
-            raise JobError(f"Ray stopped the job; the same command goes on from here. {reason}") from error
+            if any(run.todo for run in runs):
+                start_ray(config.ray_address)
+                _run_shards(name, runs)
+        finally:
+            for run in runs:
+                run.result.finished = not run.left
+                run.output.end(run.result)
+    for run in runs:
+        print_summary(run.job.name, run.job.config, run.result)
+    if failures := [_explain_failures(run.result) for run in runs if run.result.failures]:
+        raise JobError("\n".join(failures))
+    return [_exit_code(run.result, config.max_error_rate) for run in runs]
+
+
+def _planned(job: ShardJob, scratch: Path) -> _Run:
+    """What there is to do; ``scratch`` is an empty folder."""
+    output = JobOutput(job.name, job.config, job.fingerprint(), scratch)
+    plan = output.plan()
+    todo = output.todo(plan)
+    left = {shard.shard_id for shard in todo}
+    done = [shard for shard in plan if shard.shard_id not in left]
+    counts = [] if job.config.dry_run and not job.config.retry_failed else output.counts(done)
+    if job.config.retry_failed:
+        failed = [shard for shard, count in zip(done, counts, strict=True) if set(count) - {schema.OK}]
+        counts = [count for count in counts if not set(count) - {schema.OK}]
+        todo = sorted([*todo, *failed], key=lambda shard: shard.start)
+    result = JobResult(shards=len(plan), shards_before=len(plan) - len(todo))
+    result.counts += sum(counts, Counter())
+    return _Run(job=job, output=output, plan=plan, todo=todo, left={shard.shard_id for shard in todo}, result=result)
+
+
+def _run_shards(name: str, runs: Sequence[_Run]) -> None:
+    """Computes the shards to do and fills in the results.
+
+    Raises:
+        TerminatedError: after SIGTERM or a notice, when the shards in hand are written or the time for them is up.
+    """
+    config = runs[0].job.config
+    resources = plan_workers(config, sum(len(run.todo) for run in runs))
+    for run in runs:
+        run.result.num_workers, run.result.device = resources.num_workers, resources.placement.device
+    metrics = [JobMetrics(run.job.name) for run in runs]
+    images = sum(shard.num_rows for run in runs for shard in run.todo)
+    ledger = start_ledger()
+    stopped: set[str] = set()
+    last = time.monotonic()
+    try:
+        with (
+            JobProgress(name, images, error_console) as progress,
+            stopping_in_order(lambda: ray.get(ledger.stop.remote()), config.notice_board()),
+            closing(_stream(runs, resources, ledger)) as rows,
+        ):
+            for row in rows:
+                run, metric = runs[row["job"]], metrics[row["job"]]
+                last, before = time.monotonic(), last
+                run.result.seconds += last - before
+                if row["stopped"]:
+                    stopped.add(row["worker"])
+                    if len(stopped) == resources.num_workers:
+                        raise TerminatedError
+                elif row["failure"] is not None:
+                    metric.shard_failed()
+                    run.result.failures[row["shard_id"]] = row["failure"]
+                    if run.result.images == 0 or len(run.result.failures) >= MAX_FAILED_SHARDS:
+                        return
+                else:
+                    counts = Counter(json.loads(row["counts"]))
+                    run.left.remove(row["shard_id"])
+                    run.result.counts += counts
+                    run.result.images += row["images"]
+                    run.result.bytes_read += row["bytes_read"]
+                    run.result.time_split.update(json.loads(row["time_split"]))
+                    metric.shard_done(counts, row["bytes_read"], row["seconds"])
+                    progress.advance(counts.total(), counts)
+        if stopped:
+            raise TerminatedError
+    finally:
+        ray.kill(ledger)  # a driver may run several jobs
+
+
+def _stream(
+    runs: Sequence[_Run], resources: WorkerResources, ledger: ray.actor.ActorHandle
+) -> Generator[dict[str, Any]]:
+    """Result rows (``shard_worker.RESULT``) in the order in which shards finish."""
+    context = DataContext.get_current()
+    context.target_max_block_size = None  # one shard, one block, one task
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    context.execution_no_progress_timeout_s = STALL_SECONDS
+    orders = [run.job.order() for run in runs]
+    # from_arrow would start a task for each shard's metadata; from_items only puts its bytes into the object store.
+    # The workers read the rows themselves: those of millions of images would fill the driver and the store.
+    items = [
+        {"job": number, "shard_id": shard.shard_id, "start": shard.start, "num_rows": shard.num_rows}
+        for number, run in enumerate(runs)
+        for shard in run.todo
+    ]
+    at_once = SHARDS_OF_A_WORKER_AT_ONCE * resources.num_workers
+    for start in range(0, len(items), at_once):
+        yield from _stream_some(items[start : start + at_once], resources, orders, ledger)
+
+
+def _stream_some(
+    items: list[dict[str, Any]],
+    resources: WorkerResources,
+    orders: Sequence[WorkOrder],
+    ledger: ray.actor.ActorHandle,
+) -> Generator[dict[str, Any]]:
+    results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        ShardActor,
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            size=resources.num_workers,
+            max_tasks_in_flight_per_actor=resources.shards_in_hand,
+            max_concurrent_calls_per_actor=resources.shards_in_hand,
+            enable_true_multi_threading=True,
+        ),
+        fn_constructor_args=(orders, resources.placement, ledger),
+        num_cpus=resources.placement.num_cpus,
+        num_gpus=resources.num_gpus,
+    )
+    try:
+        for batch in results.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from batch.to_pylist()
+    except RayError as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if len(lines) < 2 else f"{lines[0]} … {lines[-1]}"
+        raise JobError(f"Ray stopped the job; the same command goes on from here. {reason}") from error
+
+
+def _exit_code(result: JobResult, max_error_rate: float) -> int:
+    code = result.exit_code(max_error_rate)
+    if code:
+        error_console.print(
+            f"{result.errors} of {result.total_images} images failed, more than --max-error-rate "
+            f"{max_error_rate:g} allows; the column 'error' of the shards says why"
+        )
+    return code
 
 
 def _explain_failures(result: JobResult) -> str:

@@ -9,7 +9,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 RESULT = pa.schema(
     [
+        pa.field("job", pa.int64()),  # which of those that run together
         pa.field("shard_id", pa.string()),
         pa.field("worker", pa.string()),  # which worker says this
         pa.field("stopped", pa.bool_()),  # the job is ending, and the shard was not begun; nothing below is there
@@ -110,8 +111,10 @@ class ShardWorker(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkOrder:
-    """What every worker of a run is told beside its shards."""
+    """What every worker of a job is told beside its shards."""
 
+    make_worker: Callable[[Placement], ShardWorker]
+    """Builds what computes them."""
     output: str
     """Folder or URL; the workers read ``index.parquet`` there and write to ``shards/``."""
     fingerprint: str
@@ -141,30 +144,27 @@ class ShardActor:
     Called from two threads, it computes one shard while it writes the one before.
     """
 
-    def __init__(
-        self,
-        make_worker: Callable[[Placement], ShardWorker],
-        placement: Placement,
-        order: WorkOrder,
-        ledger: ray.actor.ActorHandle,
-    ) -> None:
-        self._make_worker, self._placement, self._order, self._ledger = make_worker, placement, order, ledger
-        self._index = IndexReader(order.output)
+    def __init__(self, orders: Sequence[WorkOrder], placement: Placement, ledger: ray.actor.ActorHandle) -> None:
+        """``orders`` are those of jobs that come one after the other; the worker of one is kept at a time."""
+        self._orders, self._placement, self._ledger = orders, placement, ledger
+        self._order, self._index = orders[0], IndexReader(orders[0].output)
         self._worker: ShardWorker | None = None
         self._computing, self._writing = threading.Lock(), threading.Lock()
         self._name = ray.get_runtime_context().get_actor_id()
-        self._watch = NoticeWatch(order.notice_board) if order.notice_board is not None else None
+        board = orders[0].notice_board  # all have the same
+        self._watch = NoticeWatch(board) if board is not None else None
 
     def __call__(self, item: pa.Table) -> pa.Table:
         [place] = item.to_pylist()
-        shard_id = place["shard_id"]
-        result: dict[str, Any] = {"shard_id": shard_id, "worker": self._name, "stopped": False}
+        order = self._orders[place["job"]]
+        result: dict[str, Any] = {name: place[name] for name in ("job", "shard_id")}
+        result |= {"worker": self._name, "stopped": False}
         start = time.perf_counter()
         try:
             with ExitStack() as writing:
                 with self._computing:
                     start, computed = time.perf_counter(), None
-                    attempt = self._begin(shard_id)
+                    attempt = self._begin(_key(place))
                     if attempt is None:
                         result["stopped"] = True
                     elif attempt.number > MAX_ATTEMPTS:
@@ -173,38 +173,41 @@ class ShardActor:
                             "memory than there is (fewer workers or more --num-cpus-per-worker leave more for each)"
                         )
                     else:
-                        rows = patiently(lambda: self._index.read(place["start"], place["num_rows"]))
-                        computed = self._compute(shard_id, rows, attempt)
+                        computed = self._compute(order, place, attempt)
                     # Before another shard is begun: a worker says that it stopped after its last shard is written.
                     writing.enter_context(self._writing)
                 if computed is not None:
-                    result |= self._write(shard_id, computed)
+                    result |= _write(order, place["shard_id"], computed)
         except Exception as error:
             # The boundary of the worker: the driver reports the failure, and the other shards go on.
-            logger.exception("shard %s failed", shard_id)
+            logger.exception("shard %s failed", place["shard_id"])
             result["failure"] = f"{type(error).__name__}: {error}"
         return pa.Table.from_pylist([result | {"seconds": time.perf_counter() - start}], schema=RESULT)
 
-    def _begin(self, shard_id: str) -> Attempt | None:
+    def _begin(self, key: str) -> Attempt | None:
         """The ledger's answer. On a machine with a notice it is not asked: once that is gone, Ray gives the shard to
         another one."""
         if self._watch is not None:
             self._watch.wait_while_notified(until=lambda: ray.get(self._ledger.is_stopping.remote()))
-        return ray.get(self._ledger.begin.remote(shard_id))
+        return ray.get(self._ledger.begin.remote(key))
 
-    def _compute(self, shard_id: str, rows: pa.Table, attempt: Attempt) -> Computed:
+    def _compute(self, order: WorkOrder, place: Mapping[str, Any], attempt: Attempt) -> Computed:
         start = time.perf_counter()
+        if self._order is not order:
+            self._worker = None  # before the next is built: two models may not fit
+            self._order, self._index = order, IndexReader(order.output)
+        rows = patiently(lambda: self._index.read(place["start"], place["num_rows"]))
         loading = {}
         if self._worker is None:
             # Not in __init__: a model that cannot be loaded would make Ray restart the actor for ever.
-            self._worker = self._make_worker(self._placement)
+            self._worker = order.make_worker(self._placement)
             loading = {"load": time.perf_counter() - start}
             self._fix_threads()
         worker = self._worker
-        earlier = self._earlier(shard_id, rows) if self._order.retry_failed else None
+        earlier = _earlier(order, place["shard_id"], rows) if order.retry_failed else None
         if earlier is not None:
             rows = rows.filter(pc.not_equal(earlier["status"], schema.OK))
-        table = self._process(worker, shard_id, rows, attempt)
+        table = self._process(worker, place, rows, attempt)
         if not table.schema.equals(worker.schema) or table.num_rows != rows.num_rows:
             raise TypeError(f"{type(worker).__name__}.process must return one row of its schema for each image")
         if earlier is not None:
@@ -212,7 +215,7 @@ class ShardActor:
         counts = dict(sorted(Counter(table["status"].to_pylist()).items()))
         metadata = {
             SCHEMA_VERSION_KEY: str(schema.SCHEMA_VERSION),
-            FINGERPRINT_KEY: self._order.fingerprint,
+            FINGERPRINT_KEY: order.fingerprint,
             COUNTS_KEY: json.dumps(counts),
             **worker.metadata(),
         }
@@ -223,25 +226,7 @@ class ShardActor:
         }
         return Computed(table=table, metadata=metadata, report=report, seconds=loading | worker.clock.take())
 
-    def _write(self, shard_id: str, computed: Computed) -> dict[str, Any]:
-        start = time.perf_counter()
-        folder = join(self._order.output, SHARDS_FOLDER)
-        patiently(lambda: write_shard(folder, shard_id, computed.table, computed.metadata))
-        seconds = computed.seconds | {"write": time.perf_counter() - start}
-        return computed.report | {"time_split": json.dumps(seconds)}
-
-    def _earlier(self, shard_id: str, rows: pa.Table) -> pa.Table | None:
-        """The shard as an earlier run wrote it; None where none did."""
-        url = shard_url(self._order.output, shard_id)
-        try:
-            earlier = patiently(lambda: read_shard(url))
-        except MissingError:
-            return None
-        if earlier["image_id"].to_pylist() != rows["image_id"].to_pylist():
-            raise ShardError(f"{redact_url(url)} does not hold the images of its plan. Run `tinysam verify --repair`.")
-        return earlier
-
-    def _process(self, worker: ShardWorker, shard_id: str, rows: pa.Table, attempt: Attempt) -> pa.Table:
+    def _process(self, worker: ShardWorker, place: Mapping[str, Any], rows: pa.Table, attempt: Attempt) -> pa.Table:
         """All images together, or one by one where some image makes that fail."""
         if rows.num_rows == 0:
             return worker.schema.empty_table()
@@ -251,15 +236,16 @@ class ShardActor:
             except LakeError:
                 raise
             except Exception:
-                logger.exception("shard %s failed as a whole; now its images one by one", shard_id)
+                logger.exception("shard %s failed as a whole; now its images one by one", place["shard_id"])
+        key = _key(place)
         table = process_one_by_one(
             worker.process,
             rows,
             schema=worker.schema,
             given_up=attempt.given_up,
-            begin_image=lambda image_id: ray.get(self._ledger.begin_image.remote(shard_id, image_id)),
+            begin_image=lambda image_id: ray.get(self._ledger.begin_image.remote(key, image_id)),
         )
-        ray.get(self._ledger.end_images.remote(shard_id))
+        ray.get(self._ledger.end_images.remote(key))
         return table
 
     def _fix_threads(self) -> None:
@@ -267,6 +253,31 @@ class ShardActor:
         # model need not load torch for it.
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(self._placement.num_cpus)
+
+
+def _key(place: Mapping[str, Any]) -> str:
+    """A shard's name in the ledger of jobs that run together."""
+    return f"{place['job']}/{place['shard_id']}"
+
+
+def _write(order: WorkOrder, shard_id: str, computed: Computed) -> dict[str, Any]:
+    start = time.perf_counter()
+    folder = join(order.output, SHARDS_FOLDER)
+    patiently(lambda: write_shard(folder, shard_id, computed.table, computed.metadata))
+    seconds = computed.seconds | {"write": time.perf_counter() - start}
+    return computed.report | {"time_split": json.dumps(seconds)}
+
+
+def _earlier(order: WorkOrder, shard_id: str, rows: pa.Table) -> pa.Table | None:
+    """The shard as an earlier run wrote it; None where none did."""
+    url = shard_url(order.output, shard_id)
+    try:
+        earlier = patiently(lambda: read_shard(url))
+    except MissingError:
+        return None
+    if earlier["image_id"].to_pylist() != rows["image_id"].to_pylist():
+        raise ShardError(f"{redact_url(url)} does not hold the images of its plan. Run `tinysam verify --repair`.")
+    return earlier
 
 
 def _replace_failed(earlier: pa.Table, fresh: pa.Table) -> pa.Table:

@@ -152,7 +152,7 @@ def _click_batch(
         chosen = 1 + ious[:, 1:].argmax(dim=1) if step == 0 else torch.zeros_like(rows)
         logits = all_logits[rows, chosen][:, None]
         masks = at_original_size(sam, image, logits[:, 0])
-        targets = [truths[i] for i in active]
+        targets = [truths[i] for i in active.tolist()]
         result[active, step] = paired_iou(masks, targets)
         if step + 1 == config.clicks:
             break
