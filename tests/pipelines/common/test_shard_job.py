@@ -25,14 +25,14 @@ from pipelines.common import shard_worker
 from pipelines.common.cli import JobError, run_main
 from pipelines.common.job_config import ShardJobConfig
 from pipelines.common.ray_setup import start_ray
-from pipelines.common.shard_job import ShardJob
+from pipelines.common.shard_job import ShardJob, run_jobs
 from pipelines.common.shard_worker import Placement, ShardWorker
 from pipelines.common.stopping import TerminatedError
 from tests.pipelines.metadata_server import metadata_server
 from tinysam.lake import schema
 from tinysam.lake.filesystem import LakeError, join, list_files
 from tinysam.lake.run_record import read_run_record
-from tinysam.lake.shards import read_shard
+from tinysam.lake.shards import read_shard, read_shard_metadata
 from tinysam.verify import verify
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -155,6 +155,51 @@ def test_a_plan_that_ray_is_given_in_parts_is_done_whole(
     record = read_run_record(output)
     assert record is not None
     assert (record.counts, record.extra["finished"]) == ({"ok": 5}, True)
+
+
+class TellingWorker(EchoWorker):
+    """Tells which process it lives in."""
+
+    def metadata(self) -> dict[str, str]:
+        return {"pid": str(os.getpid())}
+
+
+class UnbuiltWorker(EchoWorker):
+    def __init__(self, placement: Placement) -> None:
+        raise RuntimeError("no such model")
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_jobs_that_run_together_share_their_workers(tmp_path: Path, read_output: Callable[[str], pa.Table]) -> None:
+    lake = name_images(tmp_path / "lake", "a", "b", "c")
+    outputs = [str(tmp_path / name) for name in ("one", "two")]
+    assert run_jobs("both", [replace(echo_job(lake, to), make_worker=TellingWorker) for to in outputs]) == [0, 0]
+    for output in outputs:
+        assert read_output(output)["image_id"].to_pylist() == ["a.jpg", "b.jpg", "c.jpg"]
+        record = read_run_record(output)
+        assert record is not None
+        assert (record.counts, record.extra["images_this_run"], record.extra["finished"]) == ({"ok": 3}, 3, True)
+    shards = [url for output in outputs for url in list_files(join(output, "shards"))]
+    assert len({read_shard_metadata(url)["pid"] for url in shards}) == 1
+
+
+@pytest.mark.usefixtures("ray_address")
+def test_a_job_that_fails_stops_those_after_it_and_what_came_before_is_kept(
+    tmp_path: Path, read_output: Callable[[str], pa.Table]
+) -> None:
+    lake = name_images(tmp_path / "lake", "a", "b", "c")
+    outputs = [str(tmp_path / name) for name in ("one", "two", "three")]
+    one, two, three = (echo_job(lake, output) for output in outputs)
+    with pytest.raises(JobError, match=r"shard-.*no such model"):
+        run_jobs("all", [one, replace(two, make_worker=UnbuiltWorker), three])
+    records = [read_run_record(output) for output in outputs]
+    assert [record is not None and record.extra["finished"] for record in records] == [True, False, False]
+
+    before = snapshot(tmp_path / "one")
+    assert run_jobs("all", [one, two, three]) == [0, 0, 0]
+    assert snapshot(tmp_path / "one") == before
+    for output in outputs:
+        assert read_output(output)["image_id"].to_pylist() == ["a.jpg", "b.jpg", "c.jpg"]
 
 
 @pytest.mark.usefixtures("ray_address")
