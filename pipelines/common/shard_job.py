@@ -160,8 +160,8 @@ def _planned(job: ShardJob, scratch: Path) -> _Run:
     output = JobOutput(job.name, job.config, job.fingerprint(), scratch)
     plan = output.plan()
     todo = output.todo(plan)
-    left = {shard.shard_id for shard in todo}
-    done = [shard for shard in plan if shard.shard_id not in left]
+    missing = {shard.shard_id for shard in todo}
+    done = [shard for shard in plan if shard.shard_id not in missing]
     counts = [] if job.config.dry_run and not job.config.retry_failed else output.counts(done)
     if job.config.retry_failed:
         failed = [shard for shard, count in zip(done, counts, strict=True) if set(count) - {schema.OK}]
@@ -208,7 +208,7 @@ def _run_shards(name: str, runs: Sequence[_Run]) -> None:
                         return
                 else:
                     counts = Counter(json.loads(row["counts"]))
-                    run.left.remove(row["shard_id"])
+                    run.left.discard(row["shard_id"])
                     run.result.counts += counts
                     run.result.images += row["images"]
                     run.result.bytes_read += row["bytes_read"]
@@ -231,24 +231,25 @@ def _stream(
     context.execution_options.preserve_order = False
     context.execution_no_progress_timeout_s = STALL_SECONDS
     orders = [run.job.order() for run in runs]
-    # from_arrow would start a task for each shard's metadata; from_items only puts its bytes into the object store.
-    # The workers read the rows themselves: those of millions of images would fill the driver and the store.
-    items = [
-        {"job": number, "shard_id": shard.shard_id, "start": shard.start, "num_rows": shard.num_rows}
-        for number, run in enumerate(runs)
-        for shard in run.todo
-    ]
+    todo = [(number, shard) for number, run in enumerate(runs) for shard in run.todo]
     at_once = SHARDS_OF_A_WORKER_AT_ONCE * resources.num_workers
-    for start in range(0, len(items), at_once):
-        yield from _stream_some(items[start : start + at_once], resources, orders, ledger)
+    for start in range(0, len(todo), at_once):
+        yield from _stream_some(todo[start : start + at_once], resources, orders, ledger)
 
 
 def _stream_some(
-    items: list[dict[str, Any]],
+    todo: Sequence[tuple[int, Shard]],
     resources: WorkerResources,
     orders: Sequence[WorkOrder],
     ledger: ray.actor.ActorHandle,
 ) -> Generator[dict[str, Any]]:
+    """The same of some shards, each with its job's number."""
+    # from_arrow would start a task for each shard's metadata; from_items only puts its bytes into the object store.
+    # The workers read the rows themselves: those of millions of images would fill the driver and the store.
+    items = [
+        {"job": number, "shard_id": shard.shard_id, "start": shard.start, "num_rows": shard.num_rows}
+        for number, shard in todo
+    ]
     results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         ShardActor,
         batch_size=None,
