@@ -61,9 +61,16 @@ for number in $(seq "$nodes"); do
 done
 
 submit() { # script, its flags…
-  ray job submit --address "http://127.0.0.1:$dashboard" --working-dir . -- python "$@" &
-  pids+=($!)
-  wait $! # unlike a command in the foreground, it lets a signal through
+  local code
+  for _ in 1 2 3; do
+    code=0
+    ray job submit --address "http://127.0.0.1:$dashboard" --working-dir . -- python "$@" 2> >(tee "$folder/refused" >&2) &
+    pids+=($!)
+    wait $! || code=$? # unlike a command in the foreground, it lets a signal through
+    # Ray waits 10 seconds for its agent to start, which a busy machine exceeds; nothing has run then.
+    if [[ $code -eq 0 ]] || ! grep -q "No available agent to submit job" "$folder/refused"; then break; fi
+  done
+  return "$code"
 }
 
 job=()
