@@ -34,7 +34,7 @@ from tinysam.distill.optimizer import OptimizerConfig
 from tinysam.distill.progress import BEST
 from tinysam.distill.prompts import PromptConfig
 from tinysam.distill.samples import SampleConfig
-from tinysam.distill.student import build_student
+from tinysam.distill.student import build_student, check_own_embeddings
 from tinysam.distill.teacher_masks import TeacherMaskConfig
 from tinysam.distill.trainer import NonFiniteLossError, Trainer, TrainerConfig
 from tinysam.distill.validation import SCORES, validation_batches
@@ -70,7 +70,8 @@ class DistillConfig:
     """Take only the student's architecture, and begin with random weights."""
     teacher: str | None = None
     """Whose decoder teaches, a name or a checkpoint; it has to be the one that made the cache. "none" trains on ground
-    truth alone. None: the teacher that the cache names, or ground truth alone where it has no embeddings."""
+    truth alone. None: the teacher that the cache names, or ground truth alone where it has no embeddings or
+    --trainer.freeze-encoder."""
     init_decoder: bool = True
     """Start from the teacher's prompt encoder and mask decoder, where the student begins with random weights."""
     limit: int | None = None
@@ -114,6 +115,8 @@ class DistillConfig:
             raise ValueError("--min-workers must lie between 1 and --num-workers")
         if self.validation_images < 1 or self.cpus_per_worker < 1 or self.max_failures < -1:
             raise ValueError("--validation-images and --cpus-per-worker must be at least 1, --max-failures at least -1")
+        if self.trainer.freeze_encoder and (self.losses.dense > 0 or not self.losses.needs_prompts):
+            raise ValueError("--trainer.freeze-encoder leaves --losses.dense and --losses.embedding nothing to train")
         if not 0 <= self.max_error_rate <= 1:
             raise ValueError("--max-error-rate must be between 0 and 1")
 
@@ -150,7 +153,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.dry_run:
         _print_plan(config, cache, teacher)
         return EXIT_OK
-    build_student(config.student, cache, None, fresh=config.fresh)  # so that what does not fit is said here and now
+    # Built here as well, so that what does not fit is said here and now.
+    student = build_student(config.student, cache, None, fresh=config.fresh)
+    if config.trainer.freeze_encoder:
+        _check_teacher(cache.teacher, cache)
+        check_own_embeddings(student, config.student, cache)
     if config.overwrite:
         _delete(config.output)
     if exists(join(config.output, STUDENT_FILE)):
@@ -311,7 +318,7 @@ def _teacher_name(config: DistillConfig, cache: Cache) -> str:
                 f"Run pipelines/cache_teacher.py --teacher {config.teacher}."
             )
         return NO_TEACHER
-    return config.teacher or cache.teacher
+    return config.teacher or (NO_TEACHER if config.trainer.freeze_encoder else cache.teacher)
 
 
 def _check_teacher(teacher: str, cache: Cache) -> None:

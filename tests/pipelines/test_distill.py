@@ -119,6 +119,31 @@ def test_ground_truth_alone_needs_no_teacher(job: Callable[..., list[str]], s3: 
     assert not any("embedding" in line for line in history(output))
 
 
+def test_a_decoder_alone_learns_from_its_own_models_cache_and_later_from_it_again(
+    cache: str, job: Callable[..., list[str]], tiny_checkpoint: str, tmp_path: Path
+) -> None:
+    """A second run's student is another file with the same encoder."""
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    frozen = ("--trainer.freeze-encoder", "--trainer.epochs", "1")
+    assert distill.main(job(*frozen, "--student", tiny_checkpoint, cache=cache, output=first)) == 0
+    tuned = join(first, "student.safetensors")
+    assert distill.main(job(*frozen, "--student", tuned, cache=cache, output=second)) == 0
+    before, after = load(tiny_checkpoint), load(join(second, "student.safetensors"))
+    for key, value in before.image_encoder.state_dict().items():
+        assert torch.equal(value, after.image_encoder.state_dict()[key]), key
+    assert not torch.equal(before.mask_decoder.iou_token.weight, after.mask_decoder.iou_token.weight)
+    # The model does not teach itself.
+    assert all(("output" in line, "dice" in line) == (False, True) for line in history(second) if "loss" in line)
+
+
+def test_a_frozen_encoder_with_anothers_embeddings_is_refused_before_anything_is_written(
+    cache: str, job: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="the student's own encoder"):
+        distill.main(job("--trainer.freeze-encoder", cache=cache))
+    assert not (tmp_path / "student").exists()
+
+
 def test_images_without_masks_are_taught_by_the_teachers(
     tiny_checkpoint: str, job: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -228,6 +253,7 @@ def test_how_often_a_run_reports_and_what_it_recomputes_may_change_when_it_goes_
         (("--trainer.batch-size", "0"), "batch_size"),
         (("--optimizer.clip-norm", "0"), "clip_norm"),
         (("--mining.strength", "-1"), "strength"),
+        (("--trainer.freeze-encoder", "--losses.dense", "0.1"), "freeze-encoder"),
     ],
 )
 def test_values_out_of_range_are_refused(

@@ -68,6 +68,7 @@ def moving_average(
 
 def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Weight decay for matrices and kernels, none for biases, scales and embeddings of one dimension."""
-    decayed = [p for p in student.parameters() if p.ndim > 1]
-    others = [p for p in student.parameters() if p.ndim <= 1]
+    trained = [p for p in student.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim <= 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -55,12 +55,13 @@ class DistillationLoss(nn.Module):
     losses of a step's rounds of prompts are averaged. A module, so that DistributedDataParallel can wrap it.
 
     Args:
-        student: all of its parameters are trained.
+        student: all of its parameters that need gradients are trained.
         teacher: only its prompt encoder and mask decoder are used, on the batch's cached embeddings; its parameters
             are frozen in place. None trains on ground truth alone.
         teacher_masks: what unlabelled images are taught.
         recompute_rounds: keep no activations of a round of prompts for the backward pass, as ten rounds of 64 prompts
             would need more memory than there is.
+        encode: False takes a batch's cached embeddings for the student's own, and trains what follows them.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class DistillationLoss(nn.Module):
         teacher_masks: TeacherMaskConfig | None = None,
         *,
         recompute_rounds: bool = False,
+        encode: bool = True,
     ) -> None:
         super().__init__()
         on_truth = ("focal", "dice", "cross_entropy", "iou", "dense")
@@ -81,7 +83,7 @@ class DistillationLoss(nn.Module):
         self.teacher = teacher.requires_grad_(False) if teacher is not None else None
         self.losses, self.prompts = loss_config, prompt_config
         self.teacher_masks = teacher_masks or TeacherMaskConfig()
-        self.recompute_rounds = recompute_rounds
+        self.recompute_rounds, self.encode = recompute_rounds, encode
         self.dense_head = DenseHead(student.prompt_encoder.embed_dim) if loss_config.dense > 0 else None
 
     def forward(
@@ -101,16 +103,19 @@ class DistillationLoss(nn.Module):
             no loss needs prompts.
         """
         student, teacher, config = self.student, self.teacher, self.losses
-        with autocast:
-            embeddings = student.image_encoder(preprocess(student, batch.image, batch.content_size))
-        embeddings = embeddings.float()
+        if self.encode:
+            with autocast:
+                embeddings = student.image_encoder(preprocess(student, batch.image, batch.content_size))
+            embeddings = embeddings.float()
+        else:
+            embeddings = batch.embedding
         size = embeddings.shape[-1]
         terms: dict[str, torch.Tensor] = {}
         if self.dense_head is not None:
             predicted = self.dense_head(embeddings)
             valid = content_mask(batch.content_size, predicted.shape[-1], TARGET_STRIDE)
             terms["dense"] = dense_loss(predicted, batch.dense, valid & batch.labelled[:, None, None])
-        if teacher is not None and config.embedding > 0:
+        if teacher is not None and self.encode and config.embedding > 0:
             valid = content_mask(batch.content_size, size, EMBEDDING_STRIDE)
             terms["embedding"] = losses.embedding_loss(embeddings, batch.embedding, valid, config.distance)
         if not config.needs_prompts:

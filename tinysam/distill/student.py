@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from segment_anything.modeling import Sam
 
 from tinysam.distill.cache import Cache
@@ -44,6 +45,23 @@ def build_student(name: str, cache: Cache, teacher: Sam | None, *, fresh: bool =
             "choose a student of the teacher's width"
         )
     return student
+
+
+def check_own_embeddings(student: Sam, name: str, cache: Cache) -> None:
+    """Checks that a cache's embeddings are those of the student's image encoder, whatever its decoder has learnt since.
+
+    Raises:
+        CheckpointError: if they are another encoder's, or the cache has none; the message says what to do.
+    """
+    if cache.embedding_shape is not None:
+        cached, own = load(cache.teacher).image_encoder.state_dict(), student.image_encoder.state_dict()
+        if cached.keys() == own.keys() and all(torch.equal(cached[key], own[key]) for key in own):
+            return
+    held = f"those of {cache.teacher}" if cache.embedding_shape is not None else "none"
+    raise CheckpointError(
+        f"--trainer.freeze-encoder trains on embeddings of the student's own encoder; the cache holds {held}. "
+        f"Cache the lake with pipelines/cache_teacher.py --teacher {name}."
+    )
 
 
 def _decoder_shapes(sam: Sam) -> dict[str, tuple[int, ...]]:

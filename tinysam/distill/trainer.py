@@ -55,6 +55,9 @@ class TrainerConfig:
     freeze_norm: float = 0.0
     """Last share of the steps in which BatchNorm normalises with the statistics that it has, as it will when the
     student is used, instead of the batch's: those of a few images of one kind are not those of all (our choice)."""
+    freeze_encoder: bool = False
+    """Train the prompt encoder and the mask decoder alone, on a cache of the student's own embeddings: its image
+    encoder is never run, so that even SAM ViT-H learns a new kind of object on a small machine."""
     recompute: Literal["nothing", "decoder", "all"] = "nothing"
     """Activations that are computed again in the backward pass instead of kept: those of each round of prompts, which
     grow with rounds and prompts, or those of each block of the image encoder as well."""
@@ -130,8 +133,16 @@ class Trainer:
         self._checkpoints_url, self._on_log, self._on_checkpoint = checkpoints_url, on_log, on_checkpoint
         self._rank, self._world_size, self._device = rank, world_size, device
 
+        if trainer.freeze_encoder:
+            student.image_encoder.requires_grad_(False)
         loss = DistillationLoss(
-            student, teacher, losses, prompts, teacher_masks, recompute_rounds=trainer.recompute != "nothing"
+            student,
+            teacher,
+            losses,
+            prompts,
+            teacher_masks,
+            recompute_rounds=trainer.recompute != "nothing",
+            encode=not trainer.freeze_encoder,
         ).to(device)
         self._local_loss = loss
         student.image_encoder.to(memory_format=torch.channels_last)
@@ -141,24 +152,21 @@ class Trainer:
         # A round without a mask prompt leaves the prompt encoder's mask branch out of the graph.
         self._loss: nn.Module = DistributedDataParallel(loss, find_unused_parameters=True) if world_size > 1 else loss
         trained = nn.ModuleList([student] if loss.dense_head is None else [student, loss.dense_head])
-        self._trained = list(trained.parameters())
+        self._trained = [parameter for parameter in trained.parameters() if parameter.requires_grad]
         self._norms = [module for module in student.modules() if isinstance(module, _BatchNorm)]
         groups = parameter_groups(trained, optimizer.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=optimizer.learning_rate, fused=True)
-        if trainer.precision == "auto":
-            self.precision = "bf16" if prefers_bfloat16(device) else "fp32"
-        else:
-            self.precision = trainer.precision
+        automatic: Literal["fp32", "bf16"] = "bf16" if prefers_bfloat16(device) else "fp32"
+        self.precision = automatic if trainer.precision == "auto" else trainer.precision
         self._autocast = torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16")
         self._state = TrainingState(
             student=student, averaged=self.averaged_student, optimizer=self._optimizer, dense_head=loss.dense_head
         )
         self._progress, self._difficulty, self._weights = load_progress(checkpoints_url, self._state)
         self._ema.n_averaged.fill_(self._progress.step)
-        self._total = sum(group.steps for epoch in range(trainer.epochs) for group in self._groups(epoch, 0))
-        left = self._groups(self._progress.epoch, self._progress.shards_done) if not self._finished else []
-        later = range(self._progress.epoch + 1, trainer.epochs)
-        self._left = sum(group.steps for groups in (left, *(self._groups(e, 0) for e in later)) for group in groups)
+        self._total = sum(self._steps_in(epoch) for epoch in range(trainer.epochs))
+        begun, done = self._progress.epoch, self._progress.shards_done
+        self._left = sum(self._steps_in(epoch, done if epoch == begun else 0) for epoch in range(begun, trainer.epochs))
 
     @property
     def averaged_student(self) -> Sam:
@@ -208,6 +216,9 @@ class Trainer:
             group_shards=config.group_shards * workers,
             images_per_step=config.batch_size * config.accumulate_batches * workers,
         )
+
+    def _steps_in(self, epoch: int, done: int = 0) -> int:
+        return sum(group.steps for group in self._groups(epoch, done))
 
     def _read(self, groups: list[Group]) -> Iterator[tuple[Group, _Batches]]:
         config, epoch = self.config, self._progress.epoch

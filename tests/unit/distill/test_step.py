@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,6 +66,30 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tiny_sam: Sam, batch: Sample)
     assert set(terms) == set(TERMS)
     expected = sum(getattr(config, name) * value for name, value in terms.items())
     torch.testing.assert_close(loss.detach(), expected)
+
+
+def test_from_its_own_cached_embeddings_a_decoder_learns_what_it_does_behind_its_encoder(
+    tiny_sam: Sam, batch: Sample
+) -> None:
+    config = LossConfig(embedding=0.0, token=0.0, output=0.0)
+    whole, decoder = copy.deepcopy(tiny_sam).eval(), copy.deepcopy(tiny_sam)
+    decoder.image_encoder = torch.nn.Identity()  # of which nothing is asked
+    with torch.no_grad():
+        batch = replace(batch, embedding=whole.image_encoder(step.preprocess(whole, batch.image, batch.content_size)))
+    options = PromptConfig(per_image=3)
+    losses = [
+        DistillationLoss(whole, None, config, options),
+        DistillationLoss(decoder, None, config, options, encode=False),
+    ]
+    results = [loss(batch, REFINEMENTS, torch.Generator().manual_seed(0), PLAIN)[0] for loss in losses]
+    for result in results:
+        result.backward()
+    torch.testing.assert_close(results[1], results[0])
+    expected = {k: v for k, v in gradients(whole).items() if not k.startswith("image_encoder")}
+    found = gradients(decoder)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], msg=name)
 
 
 @pytest.mark.parametrize("cells", [None, 16], ids=["whole masks", "all of their cells"])

@@ -45,7 +45,7 @@ def make_trainer(
     return Trainer(student, teacher, cache, trainer=config, checkpoints_url=str(folder), **{**options, **more})
 
 
-def weights(sam: Sam) -> torch.Tensor:
+def weights(sam: torch.nn.Module) -> torch.Tensor:
     return torch.cat([value.flatten().float() for value in sam.state_dict().values()])
 
 
@@ -136,6 +136,19 @@ def test_batchnorm_keeps_its_statistics_in_the_last_share_of_steps(
     assert len(steps) > 4
     for (before, after), done in zip(itertools.pairwise(seen), steps, strict=True):
         assert torch.equal(before, after) == (done > 1 - share)
+
+
+def test_a_frozen_encoder_is_kept_to_the_last_statistic_while_the_decoder_learns(
+    make_cache: Callable[..., str], tiny_sam: Sam, tmp_path: Path
+) -> None:
+    student, config = copy.deepcopy(tiny_sam), replace(CONFIG, freeze_encoder=True)
+    cache = open_cache([make_cache("c")])
+    trainer = make_trainer(student, cache, tmp_path, config=config, optimizer=OptimizerConfig(ema_decay=0.5))
+    trainer.run()
+    for trained in (student, trainer.averaged_student):
+        for name, value in trained.image_encoder.state_dict().items():
+            assert torch.equal(value, tiny_sam.image_encoder.state_dict()[name]), name
+        assert not torch.equal(weights(trained.mask_decoder), weights(tiny_sam.mask_decoder))
 
 
 def test_a_nan_everywhere_blames_the_training_and_not_an_image(
