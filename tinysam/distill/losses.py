@@ -45,7 +45,8 @@ class LossConfig:
     mask_cells: int | None = None
     """Compare each mask in this many cells of the embedding (16 x 16 input pixels) instead of everywhere, at the
     resolution of its logits: in half of them because there is most of the mask or of what is predicted, in the others
-    by chance, weighed for all the rest (our choice; see tinysam/distill/cells.py). Many prompts an image cost less."""
+    by chance, weighed for all the rest (our choice; see tinysam/distill/cells.py). Many prompts an image cost less;
+    objects of a few pixels of the logits get worse."""
     hard_mask_weight: bool = True
     """Weigh each mask's output loss by H_i (paper); off: every mask weighs 0.5, H's value at parity."""
     distance: Literal["l1", "mse"] = "l1"
