@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # found without an
 
 import torch
 from rich.table import Table
+from segment_anything.modeling import Sam
 
 from pipelines.common.cli import EXIT_OK, EXIT_TOO_MANY_ERRORS, JobError, console, error_console, parse_config, run_main
 from pipelines.common.models import weights_sha256
@@ -147,7 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _error_rate(config.cache) > config.max_error_rate:
         error_console.print(f"more than {config.max_error_rate:.0%} of the cached images failed: see their run.json")
         return EXIT_TOO_MANY_ERRORS
-    mark = fingerprint({"job": "distill", "teacher": cache.teacher_sha256 or teacher, **config.identity()})
+    models = {"teacher": NO_TEACHER if teacher == NO_TEACHER else cache.teacher_sha256, "cached": cache.teacher_sha256}
+    mark = fingerprint({"job": "distill", **models, **config.identity()})
     if not config.overwrite:
         check_same_run(config.output, mark)
     if config.dry_run:
@@ -156,8 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Built here as well, so that what does not fit is said here and now.
     student = build_student(config.student, cache, None, fresh=config.fresh)
     if config.trainer.freeze_encoder:
-        _check_teacher(cache.teacher, cache)
-        check_own_embeddings(student, config.student, cache)
+        _check_own_embeddings(config, student, cache)
     if config.overwrite:
         _delete(config.output)
     if exists(join(config.output, STUDENT_FILE)):
@@ -327,6 +328,18 @@ def _check_teacher(teacher: str, cache: Cache) -> None:
             f"{teacher} is not the teacher that made the cache's embeddings (its checksum differs). "
             "Give that one as --teacher, or cache again."
         )
+
+
+def _check_own_embeddings(config: DistillConfig, student: Sam, cache: Cache) -> None:
+    has_weights = not config.fresh and not is_untrained(config.student)
+    if has_weights and weights_sha256(config.student) == cache.teacher_sha256:
+        return  # the very file that made the cache
+    if cache.embedding_shape is not None and weights_sha256(cache.teacher) != cache.teacher_sha256:
+        raise JobError(
+            f"{cache.teacher} has changed since it made the cache: it cannot tell whether {config.student} has the "
+            f"same encoder. Cache the lake with pipelines/cache_teacher.py --teacher {config.student}."
+        )
+    check_own_embeddings(student, config.student, cache)
 
 
 def _error_rate(urls: Sequence[str]) -> float:

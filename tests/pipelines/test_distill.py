@@ -136,6 +136,24 @@ def test_a_decoder_alone_learns_from_its_own_models_cache_and_later_from_it_agai
     assert all(("output" in line, "dice" in line) == (False, True) for line in history(second) if "loss" in line)
 
 
+def test_a_decoder_learns_from_its_cache_wherever_the_models_file_has_gone(
+    job: Callable[..., list[str]], tiny_checkpoint: str, tmp_path: Path
+) -> None:
+    metadata = {"teacher": str(tmp_path / "gone.safetensors"), "teacher_sha256": weights_sha256(tiny_checkpoint)}
+    cache = write_cache(tmp_path / "own", shards=1, metadata=metadata)
+    assert distill.main(job("--trainer.freeze-encoder", "--student", tiny_checkpoint, cache=cache)) == 0
+
+
+@pytest.mark.parametrize("embeddings", [False, True], ids=["no embeddings", "a model that has changed since"])
+def test_a_frozen_encoder_without_embeddings_that_are_surely_its_own_names_the_missing_job(
+    job: Callable[..., list[str]], tiny_checkpoint: str, tmp_path: Path, embeddings: bool
+) -> None:
+    metadata = {"teacher": tiny_checkpoint, "teacher_sha256": "of other weights"} if embeddings else {}
+    cache = write_cache(tmp_path / "cache", shards=1, embeddings=embeddings, metadata=metadata)
+    with pytest.raises((CheckpointError, JobError), match=r"cache_teacher\.py --teacher .*fresh"):
+        distill.main(job("--trainer.freeze-encoder", cache=cache))
+
+
 def test_a_frozen_encoder_with_anothers_embeddings_is_refused_before_anything_is_written(
     cache: str, job: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -184,6 +202,12 @@ def test_an_output_of_other_settings_is_not_continued(job: Callable[..., list[st
     with pytest.raises(LakeError, match="overwrite"):
         distill.main([*arguments, "--losses.dice", "2"])
     assert distill.main([*arguments, "--losses.dice", "2", "--overwrite"]) == 0
+
+
+def test_a_run_without_a_teacher_is_not_continued_with_one(cache: str, job: Callable[..., list[str]]) -> None:
+    assert distill.main(job("--trainer.epochs", "1", "--teacher", "none", cache=cache)) == 0
+    with pytest.raises(LakeError, match="overwrite"):
+        distill.main(job("--trainer.epochs", "1", cache=cache))
 
 
 def test_another_teacher_than_the_caches_is_refused(cache: str, fresh_student: str, tmp_path: Path) -> None:
