@@ -149,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         error_console.print(f"more than {config.max_error_rate:.0%} of the cached images failed: see their run.json")
         return EXIT_TOO_MANY_ERRORS
     models = {"teacher": NO_TEACHER if teacher == NO_TEACHER else cache.teacher_sha256, "cached": cache.teacher_sha256}
-    mark = fingerprint({"job": "distill", **models, **config.identity()})
+    identity = config.identity()
+    mark = fingerprint({"job": "distill", **models, **identity})
     if not config.overwrite:
         check_same_run(config.output, mark)
     if config.dry_run:
@@ -157,8 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     # Built here as well, so that what does not fit is said here and now.
     student = build_student(config.student, cache, None, fresh=config.fresh)
-    if config.trainer.freeze_encoder:
-        _check_own_embeddings(config, student, cache)
+    made_the_cache = identity["student"] == cache.teacher_sha256 and not config.fresh
+    if config.trainer.freeze_encoder and not made_the_cache:
+        _check_encoder(config.student, student, cache)
     if config.overwrite:
         _delete(config.output)
     if exists(join(config.output, STUDENT_FILE)):
@@ -330,16 +332,14 @@ def _check_teacher(teacher: str, cache: Cache) -> None:
         )
 
 
-def _check_own_embeddings(config: DistillConfig, student: Sam, cache: Cache) -> None:
-    has_weights = not config.fresh and not is_untrained(config.student)
-    if has_weights and weights_sha256(config.student) == cache.teacher_sha256:
-        return  # the very file that made the cache
+def _check_encoder(name: str, student: Sam, cache: Cache) -> None:
+    """Checks that a student from another file than the one that made the cache has its image encoder still."""
     if cache.embedding_shape is not None and weights_sha256(cache.teacher) != cache.teacher_sha256:
         raise JobError(
-            f"{cache.teacher} has changed since it made the cache: it cannot tell whether {config.student} has the "
-            f"same encoder. Cache the lake with pipelines/cache_teacher.py --teacher {config.student}."
+            f"{cache.teacher} has changed since it made the cache: it cannot tell whether {name} has the same encoder. "
+            f"Cache the lake with pipelines/cache_teacher.py --teacher {name}."
         )
-    check_own_embeddings(student, config.student, cache)
+    check_own_embeddings(student, name, cache)
 
 
 def _error_rate(urls: Sequence[str]) -> float:

@@ -53,11 +53,12 @@ def check_own_embeddings(student: Sam, name: str, cache: Cache) -> None:
     Raises:
         CheckpointError: if they are another encoder's, or the cache has none; the message says what to do.
     """
+    held = "none"
     if cache.embedding_shape is not None:
         cached, own = load(cache.teacher).image_encoder.state_dict(), student.image_encoder.state_dict()
         if cached.keys() == own.keys() and all(torch.equal(cached[key], own[key]) for key in own):
             return
-    held = f"those of {cache.teacher}" if cache.embedding_shape is not None else "none"
+        held = f"those of {cache.teacher}"
     raise CheckpointError(
         f"--trainer.freeze-encoder trains on embeddings of the student's own encoder; the cache holds {held}. "
         f"Cache the lake with pipelines/cache_teacher.py --teacher {name}."

@@ -156,8 +156,10 @@ class Trainer:
         self._norms = [module for module in student.modules() if isinstance(module, _BatchNorm)]
         groups = parameter_groups(trained, optimizer.weight_decay)
         self._optimizer = torch.optim.AdamW(groups, lr=optimizer.learning_rate, fused=True)
-        automatic: Literal["fp32", "bf16"] = "bf16" if prefers_bfloat16(device) else "fp32"
-        self.precision = automatic if trainer.precision == "auto" else trainer.precision
+        if trainer.precision == "auto":
+            self.precision = "bf16" if prefers_bfloat16(device) else "fp32"
+        else:
+            self.precision = trainer.precision
         self._autocast = torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16")
         self._state = TrainingState(
             student=student, averaged=self.averaged_student, optimizer=self._optimizer, dense_head=loss.dense_head
